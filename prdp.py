@@ -1,0 +1,833 @@
+"""PRDP: Proximal Reward Difference Prediction, black-box reward finetuning of Stable Diffusion.
+
+Deng, Wang, Wei, Grundmann, Hou, "PRDP: Proximal Reward Difference Prediction for Large-Scale
+Reward Finetuning of Diffusion Models", CVPR 2024, arXiv 2402.08714, whose equations are cited here.
+
+A diffusion model is a policy pi_theta: for a prompt c it draws a trajectory x_{0:T} of denoising
+steps. We raise any reward r(x_0, c) of the final image, but stay near the pretrained model (Eq. 6):
+
+    maximise  E[ r(x_0, c) ] - beta * KL[ pi_theta(x_{0:T} | c) || pi_ref(x_{0:T} | c) ]
+
+The optimum is pi_ref exp(r / beta) / Z(c), and Z cancels between two trajectories a, b of a prompt
+(Eq. 9): there, log ratios to pi_ref predict reward differences exactly. PRDP is regression towards
+that (Eq. 14), and stays stable where policy gradients collapse:
+
+    r_hat(x_{0:T}) = log pi_theta(x_{0:T} | c) - log pi_ref(x_{0:T} | c)
+    loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
+
+Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of what it was
+under the policy that drew the trajectory, and a pair's loss is the larger of plain and clipped.
+
+Algorithm 1, and the function that does each line:
+
+    for each epoch                                              train
+        draw N prompts and B trajectories of each from pi_old   collect_epoch: sample_trajectories
+        log pi_ref of these trajectories                        collect_epoch: trajectory_log_probs
+        reward every final image                                collect_epoch: score_images
+        K times, over all prompts and all pairs of each         update_policy
+            log pi_theta, without a graph                       update_policy: trajectory_log_probs
+            the loss and its gradient at every log-prob         update_policy: prdp_loss
+            that gradient's way into the weights; AdamW         update_policy: backward_log_probs
+
+Deviations from the paper
+ 1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
+    Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
+ 2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02; that of
+    diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
+ 3. Rewards are float32 and log-probs reduced in float64: eps = 1e-6 is near float32's rounding.
+ 4. A prompt whose rewards all tie has no pair; its loss is 0 (the paper has a mean over nothing),
+    and an update with no gradient at all changes no weight.
+ 5. The baseline, `--objective ddpo`, normalises rewards by the prompt's B images of the epoch only.
+ 6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref.
+
+    torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
+    torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prdp.py
+    python prdp.py --evaluate runs/demo-clip                   # base against finetuned
+
+`grep -n '^# .*§' prdp.py` prints the outline. After §4 a reader has seen the whole algorithm.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from rewards import Reward, load_reward
+
+# ---------------------------------------------------------------------------------------- §1 Config
+
+
+@dataclass
+class Config:
+    """Every knob; the defaults are the small-scale column of the paper's Table 4.
+
+    Sizes are global: they do not depend on the number of processes. As log-probs are means over T
+    steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with Stable
+    Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
+    """
+
+    preset: Literal["small", "large", "multi", "demo"] = HfArg(default="small", help="defaults")
+    model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
+    prompts: str = HfArg(default="prompts/animals.txt", help="text file, one prompt a line")
+    prompt_template: str = HfArg(default="A painting of a {}", help="[{} with --prompts]")
+    reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
+    objective: Literal["prdp", "ddpo"] = HfArg(default="prdp", help="prdp, or the baseline ddpo")
+    offline: bool = HfArg(default=False, help="train on one pool, drawn from pi_ref (Fig. 7)")
+    run: str | None = HfArg(default=None, aliases="--run_dir", help="output folder, continued if "
+                            "there; with torchrun on Python < 3.12, which claims --run: --run_dir")
+    seed: int = HfArg(default=0, help="of all prompts and noise")
+    num_epochs: int = HfArg(default=100, help="E: epochs")
+    updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
+    prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
+    images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
+    kl_weight: float = HfArg(default=3e-5, help="beta: units of reward per nat per latent element")
+    num_steps: int = HfArg(default=50, help="T: denoising steps")
+    clip_range: float = HfArg(default=1e-6, help="eps: clip of a step, nats per element, or inf")
+    guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance, part of the policy")
+    learning_rate: float = HfArg(default=1e-5, help="of AdamW")
+    weight_decay: float = HfArg(default=1e-4, help="of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
+    micro_batch_size: int = HfArg(default=8, help="images, or (image, step) pairs, a UNet call")
+    evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
+    samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
+
+
+MULTI = dict(
+    prompts="pickapic", prompt_template="{}", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
+    num_epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
+    clip_range=1e-4)
+PRESETS = {
+    "small": {},
+    "multi": MULTI,
+    "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
+    "demo": dict(
+        model="demo/model", reward="clip:demo/clip", num_epochs=24, updates_per_epoch=1,
+        prompts_per_epoch=16, images_per_prompt=8, num_steps=10, kl_weight=1e-2, clip_range=1e-4,
+        guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64),
+}
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """Flags beat the preset; with --evaluate they beat what the run was made with."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.set_defaults(prompts=None)
+    given = parser.parse_args(arguments)
+    defaults = read_config(Path(given.evaluate)) if given.evaluate else PRESETS[given.preset]
+    own_template = {"prompt_template": "{}"} if given.prompts else {}  # it went with the list
+    parser.set_defaults(**asdict(Config()) | defaults | own_template)
+    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if config.run is None:
+        scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
+        config.run = f"runs/{config.preset}-{'+'.join(Path(scorer).name for scorer in scorers)}"
+
+    least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12}
+    least |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
+                            "micro_batch_size", "samples_per_prompt"), 1)
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
+    if config.prompts_per_epoch % world_size():
+        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
+                         f"{world_size()} processes; change one of the two")
+    return config
+
+
+# ------------------------------------------------------------------------ §2 Denoising as a policy
+# P images, or P (image, step) pairs; T steps. A trajectory is `latents` (P, T+1, C, H, W): index 0
+# is pure noise x_T, index T is x_0, and `timesteps[i]` is the scheduler's t, 0..999, of i -> i + 1.
+
+
+def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor,
+                  prompt_embeds: Tensor, negative_embeds: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: eps(x, "") + guidance_scale * (eps(x, c) - eps(x, "")).
+
+    latents: (P, C, H, W) float32; timesteps: (P,), 0..999, may mix steps; prompt_embeds: (P, L, E);
+    negative_embeds: (1, L, E), of the empty prompt; guidance_scale 1 leaves it out. Returns what
+    the checkpoint was trained to predict, noise or velocity, (P, C, H, W) float32.
+    """
+    if guidance_scale == 1:
+        return unet(latents, timesteps, prompt_embeds).sample.to(latents.dtype)
+    embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2P, L, E)
+    both = unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).sample  # (2P, C, H, W)
+    unconditional, conditional = both.to(latents.dtype).chunk(2)  # (P, C, H, W) each
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def ddim_mean_std(scheduler: DDIMScheduler, noise_pred: Tensor, latents: Tensor,
+                  timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's Gaussian N(mean, std^2 I) over x_{t-1} (Eq. 2), a DDIM step with eta = 1.
+
+    noise_pred, latents: (P, C, H, W); timesteps: (P,), 0..999, may mix steps. Returns mean
+    (P, C, H, W) and std (P, 1, 1, 1) > 0: the step past the last has alpha_bar[0], not 1.
+    """
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_bars = scheduler.alphas_cumprod.to(latents)  # (1000,)
+    alpha_bar = alpha_bars[timesteps].view(-1, 1, 1, 1)
+    alpha_bar_prev = alpha_bars[(timesteps - stride).clamp(min=0)].view(-1, 1, 1, 1)
+
+    if scheduler.config.prediction_type == "v_prediction":
+        clean = alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * noise_pred  # (P, C, H, W)
+        noise = alpha_bar.sqrt() * noise_pred + (1 - alpha_bar).sqrt() * latents
+    else:
+        clean = (latents - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
+        noise = noise_pred
+
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    mean = alpha_bar_prev.sqrt() * clean + (1 - alpha_bar_prev - variance).sqrt() * noise
+    return mean, variance.sqrt()
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std^2 I) as a mean over the latent's elements, not a sum.
+
+    x, mean: (P, C, H, W); std: broadcastable to them. Returns (P,) float64, nats per element.
+    """
+    standardised = (x.double() - mean.double()) / std.double()
+    log_density = -0.5 * standardised**2 - std.double().log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(1)
+
+
+@dataclass
+class Policy:
+    """pi(x_{t-1} | x_t, c): a UNet, its noise schedule, and guidance, which is part of it."""
+
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler  # after set_timesteps(T)
+    negative_embeds: Tensor  # (1, L, E)
+    guidance_scale: float
+
+    def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
+        noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
+                                   self.guidance_scale)
+        return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
+
+
+@torch.no_grad()
+def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
+                        micro_batch_size: int) -> tuple[Tensor, Tensor]:
+    """Draw x_{0:T} ~ pi(. | c) from the given standard normal noise.
+
+    prompt_embeds: (P, L, E); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
+    (P, T+1, C, H, W) float32 and their log_probs (P, T) float64, nats per latent element.
+    """
+    timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
+    latents = noise.to(prompt_embeds.device, copy=True)
+    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    with mixed_precision(latents.device):
+        for images in micro_batches(len(latents), micro_batch_size, "sampling"):
+            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
+            for i, t in enumerate(timesteps):
+                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                x[:, i + 1] = mean + std * x[:, i + 1]  # the step's noise becomes its latent
+                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    return latents, log_probs
+
+
+@torch.no_grad()
+def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
+                         micro_batch_size: int) -> Tensor:
+    """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
+
+    prompt_embeds: (P, L, E); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
+    element. For the policy that drew them they equal sample_trajectories' bit for bit, since both
+    call the UNet on the same micro-batches, the same images at one step, in the same precision.
+    """
+    timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
+    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    with mixed_precision(latents.device):
+        for images in micro_batches(len(latents), micro_batch_size, "log-probs"):
+            x, embeds = latents[images], prompt_embeds[images]  # (p, T+1, C, H, W)
+            for i, t in enumerate(timesteps):
+                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    return log_probs
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 matrix products on GPUs that have them, else float32; weights are float32 always."""
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+# -------------------------------------------------------------------------------- §3 The objective
+# N prompts, B images of each, T steps. All of it is float64, small, and free of the UNet.
+
+
+def pair_differences(values: Tensor) -> Tensor:
+    """values (..., B) -> (..., B, B) with entry [a, b] = values[a] - values[b]."""
+    return values.unsqueeze(-1) - values.unsqueeze(-2)
+
+
+def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor,
+              clip_range: float, kl_weight: float) -> Tensor:
+    """Squared error of predicted against true reward differences, proximal (Appendix G).
+
+    log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
+    policy, the one that drew the trajectories, and the reference; rewards: (B,) or (N, B);
+    clip_range: eps >= 0 in nats per element, may be inf; kl_weight: beta > 0. Returns a scalar, the
+    mean over prompts of the mean over their pairs: never below the plain loss; 0 where log_probs
+    and log_probs_old are the optimum's (Eq. 15); 0, with gradient 0, for a prompt of equal rewards.
+    """
+    log_ratios = log_probs - log_probs_ref  # (N, B, T), r_hat_t (Eq. 19)
+    log_ratios_old = log_probs_old - log_probs_ref
+    clipped_log_ratios = log_ratios.clamp(log_ratios_old - clip_range, log_ratios_old + clip_range)
+
+    log_ratio_diffs = pair_differences(log_ratios.mean(-1))  # (N, B, B)
+    clipped_log_ratio_diffs = pair_differences(clipped_log_ratios.mean(-1))
+    reward_diffs = pair_differences(rewards.to(log_ratios))
+    target_diffs = reward_diffs / kl_weight
+
+    # The larger of the two bounds the plain loss from above, as in PPO (Eq. 18).
+    loss = torch.maximum((log_ratio_diffs - target_diffs) ** 2,
+                         (clipped_log_ratio_diffs - target_diffs) ** 2)
+    is_pair = reward_diffs > 0  # each unordered pair once, ties left out
+    num_pairs = is_pair.sum((-1, -2)).clamp(min=1)  # (N,)
+    return (loss.where(is_pair, 0).sum((-1, -2)) / num_pairs).mean()
+
+
+def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
+              clip_range: float) -> Tensor:
+    """The paper's baseline, DDPO: a policy gradient with PPO's clipping (Black et al., 2023).
+
+    log_probs, log_probs_old: (N, B, T), nats per latent element; advantages: (N, B); clip_range: of
+    the likelihood ratio around 1. Returns a scalar, the mean over prompts, images and steps.
+    """
+    likelihood_ratios = (log_probs - log_probs_old).exp()  # (N, B, T)
+    clipped = likelihood_ratios.clamp(1 - clip_range, 1 + clip_range)
+    advantages = advantages.to(log_probs).unsqueeze(-1)  # (N, B, 1)
+    return torch.maximum(-advantages * likelihood_ratios, -advantages * clipped).mean()
+
+
+# ------------------------------------------------------------------------------ §4 The online loop
+
+
+@dataclass
+class Trajectories:
+    """One epoch's samples on this process: n of the N prompts, each with all of its B images."""
+
+    prompt_embeds: Tensor  # (n * B, L, E)
+    latents: Tensor  # (n * B, T+1, C, H, W) float32
+    log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
+    log_probs_ref: Tensor  # (n, B, T) float64; the old ones for an objective without reference
+    rewards: Tensor  # (n, B) float32
+    reward_terms: dict[str, Tensor]  # name -> (n, B) float32, what the reward is a weighted sum of
+
+
+def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
+                  seconds: dict[str, float]) -> Trajectories:
+    """First half of Algorithm 1: draw N prompts, sample B trajectories of each, score the images.
+
+    Prompts and noise depend on (seed, epoch, prompt, image, step) alone, so any number of processes
+    sees the same. Adds to seconds. Raises ValueError if a reward is not a finite number.
+    """
+    drawn_at = 0 if config.offline else epoch  # offline, the same pool is drawn again every epoch
+    drawn = draw_prompts(prompts, config.prompts_per_epoch, f"{config.seed}/{drawn_at}")  # N
+    mine = range(rank(), config.prompts_per_epoch, world_size())  # n of 0..N-1
+    images = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
+    image_prompts = [drawn[prompt] for prompt, _ in images]
+    shape, size = (len(mine), config.images_per_prompt, -1), config.micro_batch_size
+
+    with timed(seconds, "seconds_sampling"):
+        noise = torch.stack([draw_noise(f"{config.seed}/{drawn_at}/{prompt}/{image}",
+                                        config.num_steps, models.latent_shape)
+                             for prompt, image in images])  # (P, T+1, C, H, W)
+        embeds = models.encode_prompts(image_prompts)  # (P, L, E)
+        sampler = models.reference if config.offline else models.policy
+        latents, log_probs_old = sample_trajectories(sampler, embeds, noise, size)  # (P, T)
+        if config.offline:
+            log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
+        log_probs_ref = log_probs_old
+        if config.objective == "prdp":  # DDPO has no reference
+            log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
+
+    with timed(seconds, "seconds_scoring"):
+        terms = score_images(models, latents[:, -1], image_prompts, size)
+        rewards = models.reward.total(terms)  # (P,)
+    for prompt, reward in zip(image_prompts, rewards.tolist(), strict=True):
+        if not math.isfinite(reward):
+            raise ValueError(f"--reward {config.reward}: it is {reward} for {prompt!r} in epoch "
+                             f"{epoch + 1}; the last checkpoint is kept")
+    return Trajectories(embeds, latents, log_probs_old.view(shape), log_probs_ref.view(shape),
+                        rewards.view(shape[:2]), {k: v.view(shape[:2]) for k, v in terms.items()})
+
+
+def score_images(models: "Models", latents: Tensor, prompts: list[str],
+                 micro_batch_size: int) -> dict[str, Tensor]:
+    """The reward's terms at x_0 (P, C, H, W): name -> (P,) float32, unweighted."""
+    scores = [models.reward.terms(models.decode(latents[images]), prompts[images])
+              for images in micro_batches(len(latents), micro_batch_size, "scoring")]
+    return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+
+
+def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
+                  trajectories: Trajectories) -> dict[str, float]:
+    """Second half of Algorithm 1: K updates, each over all pairs of all prompts.
+
+    The loss couples all T steps and B images of a prompt, yet memory must not grow with them. So
+    (1) all log-probs without a graph; (2) the loss and its gradient on that small tensor; (3) for
+    each (image, step) alone, a forward with a graph and a backward that starts from its entry of
+    the gradient. By the chain rule this is exact. Returns this process's means over the K updates.
+    """
+    old, history = trajectories.log_probs_old, []
+    for k in range(config.updates_per_epoch):
+        log_probs = old.clone()  # (n, B, T); at k = 0 the policy still is the old one
+        if k > 0:
+            log_probs = trajectory_log_probs(
+                policy, trajectories.prompt_embeds, trajectories.latents, config.micro_batch_size
+            ).view_as(old)  # (1)
+        loss = objective(config, log_probs.requires_grad_(), trajectories)
+        (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
+        backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
+        average_gradients(policy.unet)
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
+        if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
+            optimizer.step()
+        optimizer.zero_grad()
+        clipped = ((log_probs.detach() - old).abs() > config.clip_range).double().mean()
+        history.append([loss.item(), clipped.item(), grad_norm.item()])
+    means = torch.tensor(history).mean(0).tolist()
+    return dict(zip(("loss", "clip_fraction", "grad_norm"), means, strict=True))
+
+
+def objective(config: Config, log_probs: Tensor, trajectories: Trajectories) -> Tensor:
+    """The loss of --objective at log_probs (n, B, T), a scalar."""
+    old, rewards = trajectories.log_probs_old, trajectories.rewards.double()
+    if config.objective == "prdp":
+        return prdp_loss(log_probs, old, trajectories.log_probs_ref, rewards, config.clip_range,
+                         config.kl_weight)
+    deviations = rewards - rewards.mean(-1, keepdim=True)
+    advantages = deviations / (deviations.square().mean(-1, keepdim=True).sqrt() + 1e-8)  # (n, B)
+    return ddpo_loss(log_probs, old, advantages, config.clip_range)
+
+
+def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
+                       micro_batch_size: int) -> None:
+    """Add to .grad the sum over (image, step) of grad * d log_prob / d theta.
+
+    grad: (P, T), d loss / d log_prob. Pairs whose entry is exactly 0, the clipped ones, are left
+    out; the others are independent, so they fill micro-batches that mix images and steps.
+    """
+    latents, timesteps = trajectories.latents, policy.scheduler.timesteps.to(grad.device)
+    images, steps = grad.nonzero(as_tuple=True)  # (M,) each
+    for pairs in micro_batches(len(images), micro_batch_size, "updating"):
+        image, step = images[pairs], steps[pairs]  # (P,) each
+        with mixed_precision(latents.device):
+            mean, std = policy.mean_std(latents[image, step], timesteps[step],
+                                        trajectories.prompt_embeds[image])
+        log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
+        log_probs.backward(grad[image, step])
+
+
+# --------------------------------------------------------------------------------------- §5 Models
+
+
+@dataclass
+class Models:
+    """What a run computes with: the policy that learns, and all that is frozen."""
+
+    policy: Policy
+    reference: Policy
+    pipeline: StableDiffusionPipeline  # its VAE, text encoder and tokenizer
+    reward: Reward
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents the UNet was made for."""
+        unet = self.pipeline.unet.config
+        return unet.in_channels, unet.sample_size, unet.sample_size
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """P prompts -> (P, L, E), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
+        return self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, False)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
+        vae = self.pipeline.vae
+        return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+def load_models(config: Config, device: torch.device) -> Models:
+    """The reward, the pretrained model as the reference, and a copy of it as the policy."""
+    reward = load_reward(config.reward, device)
+    pipeline = load_pipeline(config.model).to(device)
+    for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        frozen.eval().requires_grad_(False)
+    scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="leading", set_alpha_to_one=False,
+        clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"--model {config.model} predicts {scheduler.config.prediction_type!r}; "
+                         "only epsilon and v_prediction are supported")
+    scheduler.set_timesteps(config.num_steps)
+    reference = Policy(pipeline.unet, scheduler, torch.empty(0), config.guidance_scale)
+    models = Models(reference, reference, pipeline, reward)
+    reference.negative_embeds = models.encode_prompts([""])
+    models.policy = replace(reference, unet=copy.deepcopy(reference.unet).requires_grad_(True))
+    return models
+
+
+def load_pipeline(model: str) -> StableDiffusionPipeline:
+    """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images."""
+    try:
+        kind = StableDiffusionPipeline.load_config(model)["_class_name"]
+        if kind == "StableDiffusionPipeline":
+            return StableDiffusionPipeline.from_pretrained(
+                model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    except OSError as error:
+        raise ValueError(f"--model {model}: no model_index.json in a folder or on the hub by that "
+                         "name; without a network, give a local folder "
+                         f"({str(error).splitlines()[0]})") from None
+    raise ValueError(f"--model {model} is a {kind}; only StableDiffusionPipeline, that is Stable "
+                     "Diffusion v1 and v2, is supported")
+
+
+# ---------------------------------------------------------------------------- §6 Prompts and noise
+
+
+def read_prompts(file: str, template: str) -> list[str]:
+    """The file's distinct lines in their order, each put into the template."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error})") from None
+    filled = [line.strip() for line in lines if line.strip()]
+    prompts = [template.replace("{}", line) for line in dict.fromkeys(filled)]
+    if not prompts:
+        raise ValueError(f"--prompts {file}: there is no prompt in it; write one a line")
+    say(f"{file}: {len(prompts)} prompts; left out {len(lines) - len(filled)} blank and "
+        f"{len(filled) - len(prompts)} repeated lines")
+    return prompts
+
+
+def report_long_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say once how many prompts the text encoder will not read to their end."""
+    limit = tokenizer.model_max_length
+    candidates = [prompt for prompt in prompts if len(prompt.encode()) > limit - 2] or [""]
+    if long := sum(len(ids) > limit for ids in tokenizer(candidates).input_ids):
+        say(f"{long} of {len(prompts)} prompts are longer than {limit} tokens and are cut there")
+
+
+def draw_prompts(prompts: list[str], count: int, key: str) -> list[str]:
+    """`count` of the prompts, none twice while there are enough; a function of the key."""
+    return random.Random(key).sample(prompts * math.ceil(count / len(prompts)), count)
+
+
+def draw_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """One trajectory's standard normal noise (T+1, C, H, W), on the CPU; a function of the key."""
+    generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+    return torch.randn(num_steps + 1, *shape, generator=generator)
+
+
+# ---------------------------------------------------------------------------------- §7 Distributed
+# The only section that knows torch.distributed. Without torchrun there is a world of one.
+
+
+def start_distributed() -> torch.device:
+    """Join the processes that torchrun started, if it did; returns this one's device."""
+    on_gpu, local_rank = torch.cuda.is_available(), os.environ.get("LOCAL_RANK")
+    if local_rank is not None:
+        if (local_size := int(os.environ["LOCAL_WORLD_SIZE"])) > 1:  # torchrun gave each one thread
+            torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        # The others wait while rank 0 downloads, draws grids and writes: give it time.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    if on_gpu:
+        torch.cuda.set_device(int(local_rank or 0))
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(values: Tensor) -> Tensor:
+    """All processes' values (n, ...), one rank's after the other's, on every process: (N, ...)."""
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous()) if len(parts) > 1 else parts[0].copy_(values)
+    return torch.cat(parts)
+
+
+def average_gradients(module: torch.nn.Module) -> None:
+    """Average .grad over processes, once an update; DDP would at each of thousands of backwards."""
+    for parameter in module.parameters():
+        if parameter.grad is None:  # this process had no pair with a gradient
+            parameter.grad = torch.zeros_like(parameter)
+        if world_size() > 1:
+            dist.all_reduce(parameter.grad.div_(world_size()))
+
+
+def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
+    """Slices of at most `size` that cover 0..count-1; a progress bar on rank 0's terminal."""
+    slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return tqdm(slices, description, leave=False, disable=None if rank() == 0 else True)
+
+
+def say(text: str) -> None:
+    """Print once, not once a process."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+# --------------------------------------------------------------------------------- §8 Runs on disk
+
+
+class Run:
+    """A run's folder. Files are written aside and renamed when whole: none is ever half there."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def claim(self, config: Config) -> None:
+        """Raise ValueError if the folder holds a run whose weights were made with other flags."""
+        if not (self.folder / "config.json").exists():
+            return
+        then, now = read_config(self.folder), asdict(config)
+        free = "run num_epochs micro_batch_size evaluate samples_per_prompt".split()
+        changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
+                   if name not in free and then.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"--run {self.folder} was made with {', '.join(changed)}; give "
+                             "another --run")
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """The path to write the file to until it is whole."""
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield file.with_name(file.name + ".tmp")
+        os.replace(file.with_name(file.name + ".tmp"), file)
+
+    def write_json(self, name: str, content: dict) -> None:
+        with self.replacing(name) as file:
+            file.write_text(json.dumps(content, indent=2) + "\n")
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoints/epoch_*.pt"))
+
+    def save_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer,
+                        metrics: list[dict]) -> None:
+        """All that the next epoch needs, in place of the checkpoint before."""
+        with self.replacing(f"checkpoints/epoch_{len(metrics):04}.pt") as file:
+            torch.save({"metrics": metrics, "unet": policy.unet.state_dict(),
+                        "optimizer": optimizer.state_dict()}, file)
+        for superseded in self.checkpoints()[:-1]:
+            superseded.unlink()
+
+    def load_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Go on from the newest checkpoint, if there is one; returns the metrics of its epochs."""
+        if not self.checkpoints():
+            return []
+        state = torch.load(self.checkpoints()[-1], map_location="cpu", weights_only=True)
+        policy.unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"continuing {self.folder} after epoch {len(state['metrics'])}")
+        return state["metrics"]
+
+    def write_metrics(self, metrics: list[dict]) -> None:
+        """metrics.jsonl, one line an epoch, and reward.png, the curve."""
+        with self.replacing("metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([m["epoch"] for m in metrics], [m["reward_mean"] for m in metrics], ".-")
+        axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
+        with self.replacing("reward.png") as file:
+            figure.savefig(file, dpi=120, format="png")
+
+
+def read_config(folder: Path) -> dict:
+    """The flags that a run was made with."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not the folder of a run ({error})") from None
+
+
+def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
+    """An epoch's metrics over all processes; predictions are those of the policy that sampled."""
+    rewards = gather(trajectories.rewards).double()  # (N, B)
+    means = gather(torch.tensor([[*updates.values()]], device=rewards.device)).mean(0).tolist()
+    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
+               **dict(zip(updates, means, strict=True)),
+               "explained_variance": None, "sign_accuracy": None, "kl": None}
+    if config.objective == "prdp":
+        log_ratios = gather(trajectories.log_probs_old - trajectories.log_probs_ref)  # (N, B, T)
+        metrics["kl"] = log_ratios.mean().item()
+        targets = pair_differences(rewards) / config.kl_weight  # (N, B, B)
+        is_pair, predicted = targets > 0, pair_differences(log_ratios.mean(-1))
+        if is_pair.any():
+            errors, is_right = (predicted - targets)[is_pair], predicted[is_pair].sign() / 2 + 0.5
+            unexplained = errors.square().mean() / targets[is_pair].square().mean()
+            metrics["explained_variance"] = 1 - unexplained.item()
+            metrics["sign_accuracy"] = is_right.mean().item()  # a prediction of 0 is half right
+    return metrics | {f"reward_{name}": gather(term).mean().item()
+                      for name, term in trajectories.reward_terms.items()}
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the block's wall time, the GPU's work included, as seconds[phase]."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[phase] = time.perf_counter() - started
+
+
+def peak_gib() -> float:
+    """Peak memory of this process so far: of its GPU, or without one its resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# ---------------------------------------------------------------------------- §9 Train and evaluate
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Algorithm 1, and what it leaves on disk."""
+    run = Run(config.run)
+    run.claim(config)
+    prompts = read_prompts(config.prompts, config.prompt_template)
+    models = load_models(config, device)
+    report_long_prompts(prompts, models.pipeline.tokenizer)
+    policy = models.policy
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate,
+                                  weight_decay=config.weight_decay)
+    metrics = run.load_checkpoint(policy, optimizer)
+    if rank() == 0:
+        run.write_json("config.json", asdict(config))
+
+    for epoch in range(len(metrics), config.num_epochs):
+        if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
+            save_grid(config, models, {"": policy}, prompts, run, f"samples/epoch_{epoch:04}.png")
+        seconds = {}
+        trajectories = collect_epoch(config, models, prompts, epoch, seconds)
+        with timed(seconds, "seconds_updating"):
+            updates = update_policy(config, policy, optimizer, trajectories)
+        metrics.append({"epoch": epoch + 1, **summarise(config, trajectories, updates), **seconds,
+                        "peak_gib": peak_gib()})
+        say(" | ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v is not None))
+        if rank() == 0:
+            run.write_metrics(metrics)
+            run.save_checkpoint(policy, optimizer, metrics)
+    if rank() == 0:
+        name = f"samples/epoch_{config.num_epochs:04}.png"
+        save_grid(config, models, {"": policy}, prompts, run, name)
+        policy.unet.save_pretrained(run.folder / "unet")
+    say(f"{run.folder}/unet is finished; to judge it: python prdp.py --evaluate {run.folder}")
+
+
+def draw_images(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
+                count: int) -> Tensor:
+    """Images (count, 3, H, W) in [0, 1] of prompts[index], from noise that any policy gets."""
+    keys = [f"{config.seed}/evaluate/{index}/{image}" for image in range(count)]
+    noise = torch.stack([draw_noise(key, config.num_steps, models.latent_shape) for key in keys])
+    embeds = models.encode_prompts([prompts[index]] * count)
+    latents, _ = sample_trajectories(policy, embeds, noise, config.micro_batch_size)
+    return torch.cat([models.decode(x_0) for x_0 in latents[:, -1].split(config.micro_batch_size)])
+
+
+def save_grid(config: Config, models: Models, policies: dict[str, Policy], prompts: list[str],
+              run: Run, name: str) -> None:
+    """A picture: eight prompts, spread over the list, by three images of each policy."""
+    shown = range(0, len(prompts), math.ceil(len(prompts) / 8))
+    figure = Figure(figsize=(1.3 * len(shown), 4.2 * len(policies)), layout="constrained")
+    cells = figure.subplots(3 * len(policies), len(shown), squeeze=False)
+    for i, (label, policy) in enumerate(policies.items()):
+        for column, index in enumerate(shown):
+            images = draw_images(config, models, policy, prompts, index, 3).permute(0, 2, 3, 1)
+            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images.cpu(), strict=True):
+                cell.imshow(image, interpolation="nearest")
+                cell.set(xticks=[], yticks=[], ylabel="" if column else label)
+            title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
+            cells[0, column].set_title(title, fontsize=8)
+    with run.replacing(name) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+def evaluate(config: Config, device: torch.device) -> None:
+    """Base against finetuned from the same noise: a table, its json and a picture, in the run."""
+    run, count = Run(config.evaluate), config.samples_per_prompt
+    if not (run.folder / "unet").is_dir():
+        raise ValueError(f"--evaluate {run.folder}: no unet/; its own command finishes the run")
+    prompts = read_prompts(config.prompts, config.prompt_template)
+    models = load_models(config, device)
+    models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
+    policies = {"base": models.reference, "finetuned": models.policy}
+
+    names = [*models.reward.weights, "weighted sum"]
+    share = math.ceil(len(prompts) / world_size())
+    scores = torch.zeros(share, 2, count, len(names), device=device)
+    for row, index in enumerate(range(rank(), len(prompts), world_size())):
+        for i, policy in enumerate(policies.values()):
+            images = draw_images(config, models, policy, prompts, index, count)
+            terms = models.reward.terms(images, [prompts[index]] * count)
+            scores[row, i] = torch.stack([*terms.values(), models.reward.total(terms)], -1)
+    scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)].double()
+
+    say(f"{len(prompts)} prompts x {count} samples, mean ± standard error\n"
+        f"{'':<24}{'base':<20}{'finetuned':<20}{'difference':<20}prompts improved")
+    results = {}
+    for name, (base, finetuned) in zip(names, scores.permute(3, 1, 0, 2), strict=True):
+        columns = {"base": base, "finetuned": finetuned, "difference": finetuned - base}
+        result = {k: [v.mean().item(), v.std().item() / count**0.5 / len(prompts)**0.5]
+                  for k, v in columns.items()}
+        improved = (finetuned.mean(1) > base.mean(1)).double().mean().item()
+        row = "".join(f"{f'{mean:.4f} ± {error:.4f}':<20}" for mean, error in result.values())
+        say(f"{name:<24}{row}{improved:.1%}")
+        results[name] = result | {"prompts_improved": improved}
+    if rank() == 0:
+        name = f"evaluation-{Path(config.prompts).stem}"
+        save_grid(config, models, policies, prompts, run, f"{name}.png")
+        run.write_json(f"{name}.json", {"config": asdict(config), "results": results})
+
+
+def main() -> None:
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # else each cut prompt is named every time
+    device = start_distributed()
+    try:
+        config = parse_config()
+        evaluate(config, device) if config.evaluate else train(config, device)
+    except ValueError as error:
+        sys.exit(f"prdp.py: error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
