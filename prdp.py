@@ -23,7 +23,7 @@ Algorithm 1, and the function that does each line:
     for each epoch                                              train
         draw N prompts and B trajectories of each from pi_old   collect_epoch: sample_trajectories
         log pi_ref of these trajectories                        collect_epoch: trajectory_log_probs
-        reward every final image                                collect_epoch: score_images
+        reward every final image                                collect_epoch: Reward.terms
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
             the loss and its gradient at every log-prob         update_policy: prdp_loss
@@ -125,8 +125,8 @@ PRESETS = {
     "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": dict(
-        model="demo/model", reward="clip:demo/clip", num_epochs=24, updates_per_epoch=1,
-        prompts_per_epoch=16, images_per_prompt=8, num_steps=10, kl_weight=1e-2, clip_range=1e-4,
+        model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
+        prompts_per_epoch=44, images_per_prompt=6, num_steps=5, kl_weight=1.0, clip_range=1e-4,
         guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64),
 }
 
@@ -227,7 +227,6 @@ class Policy:
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
 
 
-@torch.no_grad()
 def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
                         micro_batch_size: int) -> tuple[Tensor, Tensor]:
     """Draw x_{0:T} ~ pi(. | c) from the given standard normal noise.
@@ -235,35 +234,29 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     prompt_embeds: (P, L, E); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
     (P, T+1, C, H, W) float32 and their log_probs (P, T) float64, nats per latent element.
     """
-    timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
     latents = noise.to(prompt_embeds.device, copy=True)
-    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    with mixed_precision(latents.device):
-        for images in micro_batches(len(latents), micro_batch_size, "sampling"):
-            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
-            for i, t in enumerate(timesteps):
-                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-                x[:, i + 1] = mean + std * x[:, i + 1]  # the step's noise becomes its latent
-                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    log_probs = trajectory_log_probs(policy, prompt_embeds, latents, micro_batch_size, draw=True)
     return latents, log_probs
 
 
 @torch.no_grad()
 def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
-                         micro_batch_size: int) -> Tensor:
-    """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
+                         micro_batch_size: int, draw: bool = False) -> Tensor:
+    """log pi(x_{t-1} | x_t, c) at every step of the trajectories, without a graph.
 
-    prompt_embeds: (P, L, E); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
-    element. For the policy that drew them they equal sample_trajectories' bit for bit, since both
-    call the UNet on the same micro-batches, the same images at one step, in the same precision.
+    prompt_embeds: (P, L, E); latents: (P, T+1, C, H, W), recorded, or with draw still the noise
+    that each step turns into its latent. Returns (P, T) float64, nats per latent element. Sampling
+    and scoring share this loop: for the policy that drew the trajectories they agree bit for bit.
     """
     timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
     with mixed_precision(latents.device):
-        for images in micro_batches(len(latents), micro_batch_size, "log-probs"):
-            x, embeds = latents[images], prompt_embeds[images]  # (p, T+1, C, H, W)
+        for images in micro_batches(len(latents), micro_batch_size, "denoising"):
+            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
             for i, t in enumerate(timesteps):
                 mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                if draw:
+                    x[:, i + 1] = mean + std * x[:, i + 1]
                 log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return log_probs
 
@@ -366,7 +359,9 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
             log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
 
     with timed(seconds, "seconds_scoring"):
-        terms = score_images(models, latents[:, -1], image_prompts, size)
+        scored = [models.reward.terms(models.decode(latents[batch, -1]), image_prompts[batch])
+                  for batch in micro_batches(len(images), size, "rewarding")]
+        terms = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}  # (P,)
         rewards = models.reward.total(terms)  # (P,)
     for prompt, reward in zip(image_prompts, rewards.tolist(), strict=True):
         if not math.isfinite(reward):
@@ -374,14 +369,6 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
                              f"{epoch + 1}; the last checkpoint is kept")
     return Trajectories(embeds, latents, log_probs_old.view(shape), log_probs_ref.view(shape),
                         rewards.view(shape[:2]), {k: v.view(shape[:2]) for k, v in terms.items()})
-
-
-def score_images(models: "Models", latents: Tensor, prompts: list[str],
-                 micro_batch_size: int) -> dict[str, Tensor]:
-    """The reward's terms at x_0 (P, C, H, W): name -> (P,) float32, unweighted."""
-    scores = [models.reward.terms(models.decode(latents[images]), prompts[images])
-              for images in micro_batches(len(latents), micro_batch_size, "scoring")]
-    return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
 
 def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
@@ -788,14 +775,15 @@ def evaluate(config: Config, device: torch.device) -> None:
     models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
     policies = {"base": models.reference, "finetuned": models.policy}
 
-    names = [*models.reward.weights, "weighted sum"]
+    names = [*models.reward.weights, "weighted sum"][: 1 if len(models.reward.weights) == 1 else None]
     share = math.ceil(len(prompts) / world_size())
     scores = torch.zeros(share, 2, count, len(names), device=device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
         for i, policy in enumerate(policies.values()):
             images = draw_images(config, models, policy, prompts, index, count)
             terms = models.reward.terms(images, [prompts[index]] * count)
-            scores[row, i] = torch.stack([*terms.values(), models.reward.total(terms)], -1)
+            columns = [*terms.values(), models.reward.total(terms)]
+            scores[row, i] = torch.stack(columns[: len(names)], -1)
     scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)].double()
 
     say(f"{len(prompts)} prompts x {count} samples, mean ± standard error\n"

@@ -67,65 +67,45 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
     """
     scorers, weights = {}, {}
     for part in spec.split(","):
-        scorer_spec, equals, weight = part.strip().rpartition("=")
-        if not equals:
-            scorer_spec, weight = part.strip(), "1"
+        scorer, _, weight = part.strip().partition("=")
+        name, _, argument = scorer.partition(":")
+        factory = load_function if name.endswith(".py") else FACTORIES.get(name)
+        if factory is None:
+            known = ", ".join([*FACTORIES, "FILE.py:FUNCTION"])
+            raise ValueError(f"--reward {spec}: unknown reward {name!r}; there are {known}")
+        logged_as = argument if factory is load_function else name
+        if logged_as in scorers:
+            raise ValueError(f"--reward {spec}: {logged_as!r} is given twice")
         try:
-            weights_value = float(weight)
+            weights[logged_as] = float(weight or 1)
         except ValueError:
             raise ValueError(f"--reward {spec}: the weight {weight!r} is not a number") from None
-        name = scorer_name(scorer_spec)
-        if name in scorers:
-            raise ValueError(f"--reward {spec}: {name!r} is given twice")
-        scorers[name], weights[name] = load_scorer(scorer_spec, device), weights_value
+        scorers[logged_as] = factory(scorer, device)
     return Reward(scorers, weights)
 
 
-def scorer_name(scorer_spec: str) -> str:
-    """The name it is logged under: "clip:demo/clip" -> "clip", "my/file.py:score" -> "score"."""
-    name, _, argument = scorer_spec.partition(":")
-    return argument if name.endswith(".py") else name
-
-
-def load_scorer(scorer_spec: str, device: torch.device | str) -> Scorer:
-    """One scorer: images (P, 3, H, W) uint8 and P prompts -> (P,) scores."""
-    name, _, argument = scorer_spec.partition(":")
-    if name.endswith(".py"):
-        return load_function(Path(name), argument)
-    factories = {
-        "clip": lambda: ClipScorer(argument, device),
-        "jpeg_compressibility": lambda: lambda images, prompts: -jpeg_kilobytes(images),
-        "jpeg_incompressibility": lambda: lambda images, prompts: jpeg_kilobytes(images),
-    }
-    if name not in factories:
-        known = ", ".join([*factories, "FILE.py:FUNCTION"])
-        raise ValueError(f"--reward: unknown reward {name!r}; there are {known}")
-    return factories[name]()
+# Factories: the scorer's part of the spec and a device -> scorer of (P, 3, H, W) uint8 images.
 
 
 class ClipScorer:
     """Cosine similarity of image and text embeddings of a transformers CLIP model, in [-1, 1]."""
 
-    def __init__(self, model: str, device: torch.device | str):
+    def __init__(self, spec: str, device: torch.device | str):
         from transformers import CLIPModel, CLIPProcessor
 
-        if not model:
-            raise ValueError("--reward clip: name the model, as in clip:demo/clip")
+        model = spec.partition(":")[2]
         try:
             self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
             self.processor = CLIPProcessor.from_pretrained(model)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--reward clip:{model}: neither a folder with a CLIP model and its processor "
-                f"nor a hub id that can be reached ({reason})"
-            ) from None
+            raise ValueError(f"--reward {spec}: {model!r} is neither a folder of a CLIP model and "
+                             "its processor nor a hub id that can be reached "
+                             f"({str(error).splitlines()[0]})") from None
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        # uint8 in, because the image processor divides by 255 whatever it is given.
-        inputs = self.processor(
-            text=prompts, images=list(images), return_tensors="pt", padding=True, truncation=True
-        )
+        # uint8 images, because the processor divides by 255 whatever it is given.
+        inputs = self.processor(text=prompts, images=list(images), return_tensors="pt",
+                                padding=True, truncation=True)
         output = self.model(**inputs.to(images.device))
         return (output.image_embeds * output.text_embeds).sum(-1)
 
@@ -142,13 +122,21 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     return torch.tensor(sizes)
 
 
-def load_function(file: Path, function: str) -> Scorer:
-    """FUNCTION of FILE.py, called with float images in [0, 1]."""
-    if not file.is_file():
-        raise ValueError(f"--reward {file}:{function}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+def load_function(spec: str, device: torch.device | str) -> Scorer:
+    """FUNCTION of FILE.py, which gets float images in [0, 1]."""
+    file, _, function = spec.partition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"--reward {spec}: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"--reward {file}:{function}: {file} defines no function {function!r}")
+        raise ValueError(f"--reward {spec}: {file} defines no function {function!r}")
     return lambda images, prompts: getattr(module, function)(images / 255, prompts)
+
+
+FACTORIES = {
+    "clip": ClipScorer,
+    "jpeg_compressibility": lambda spec, device: lambda images, prompts: -jpeg_kilobytes(images),
+    "jpeg_incompressibility": lambda spec, device: lambda images, prompts: jpeg_kilobytes(images),
+}

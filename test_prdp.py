@@ -1,10 +1,11 @@
-"""pytest: PRDP against closed forms, plain loops, torch.distributions, diffusers and plain autograd."""
+"""PRDP against closed forms, plain loops, torch.distributions, diffusers and plain autograd."""
 
 import copy
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,15 +23,31 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import prdp
-from prdp import Config, Policy, Trajectories
+from prdp import Config, Policy
 from rewards import Reward, load_reward
 
 ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
-SD_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                   set_alpha_to_one=False, steps_offset=1)
-DEMO = ["--preset", "demo", "--prompts_per_epoch", "2", "--images_per_prompt", "4", "--num_steps", "4",
-        "--micro_batch_size", "5"]
+SD_SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+DEMO = [
+    "--preset",
+    "demo",
+    "--prompts_per_epoch",
+    "2",
+    "--images_per_prompt",
+    "4",
+    "--num_steps",
+    "4",
+    "--micro_batch_size",
+    "5",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +125,17 @@ class GaussianToy:
         self.latent_shape, self.num_steps = (1, 2, 3), 5
         self.direction = torch.randn(self.latent_shape)
         scheduler = ddim(self.num_steps)
-        self.reference = Policy(LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0)
-        self.policy = Policy(LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0)
+        self.reference = Policy(
+            LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0
+        )
+        self.policy = Policy(
+            LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0
+        )
         self.reference.unet.requires_grad_(False)
         self.reward = Reward({"linear": lambda images, prompts: images}, {"linear": 1.0})
         self.reward.terms = lambda images, prompts: {"linear": images}
-        # Tilting by exp(w . x_0 / beta) moves each mean by variance * d log E[exp | x_{t-1}] / d x_{t-1},
-        # and E[x_0 | x_{t-1}] is linear in x_{t-1} with the product of the later steps' slopes.
+        # Tilting by exp(w . x_0 / beta) moves a mean by variance * d log E[exp] / d x_{t-1},
+        # and E[x_0 | x_{t-1}] is linear in x_{t-1}, with the product of the later steps' slopes.
         slopes, per_noise, variances = [], [], []
         unet = self.reference.unet
         for i, t in enumerate(scheduler.timesteps):
@@ -123,9 +144,12 @@ class GaussianToy:
             slopes.append((unet.step(scheduler, i, one) - base).item())
             per_noise.append((unet.step(scheduler, i, zero, 1.0) - base).item())
             variances.append(prdp.ddim_mean_std(scheduler, zero, zero, t.view(1))[1].item() ** 2)
-        self.optimal_bias = torch.stack([
-            variances[i] * math.prod(slopes[i + 1:]) * self.direction / beta / per_noise[i]
-            for i in range(self.num_steps)])
+        self.optimal_bias = torch.stack(
+            [
+                variances[i] * math.prod(slopes[i + 1 :]) * self.direction / beta / per_noise[i]
+                for i in range(self.num_steps)
+            ]
+        )
         # Log-probs are means over elements and steps, so in nats beta = kl_weight / (T * D).
         self.kl_weight = beta * self.num_steps * self.direction.numel()
 
@@ -136,8 +160,15 @@ class GaussianToy:
         return (latents * self.direction).sum((1, 2, 3))
 
     def config(self, **options):
-        return Config(num_steps=self.num_steps, kl_weight=self.kl_weight, prompts_per_epoch=2,
-                      images_per_prompt=16, micro_batch_size=256, weight_decay=0, **options)
+        return Config(
+            num_steps=self.num_steps,
+            kl_weight=self.kl_weight,
+            prompts_per_epoch=2,
+            images_per_prompt=16,
+            micro_batch_size=256,
+            weight_decay=0,
+            **options,
+        )
 
 
 def test_loss_is_zero_at_the_optimum_of_a_gaussian_chain():
@@ -152,7 +183,9 @@ def test_loss_is_zero_at_the_optimum_of_a_gaussian_chain():
     for scale in (0.0, 0.9, 1.1):
         toy.policy.unet.bias.data = scale * toy.optimal_bias
         trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
-        assert prdp.objective(config, trajectories.log_probs_old, trajectories) > 1e-3 * at_reference
+        assert (
+            prdp.objective(config, trajectories.log_probs_old, trajectories) > 1e-3 * at_reference
+        )
 
 
 @pytest.mark.parametrize("clip_range, updates", [(math.inf, 1), (1e-1, 4)])
@@ -172,6 +205,7 @@ def test_the_online_loop_trains_a_policy_to_the_closed_form_optimum(clip_range, 
 
 def plain_loop_loss(log_probs, old, ref, rewards, clip_range, kl_weight):
     """Appendix G for one prompt, pair by pair in Python floats; returns (loss, plain loss)."""
+
     def predicted(image, clipped):
         terms = []
         for t in range(len(log_probs[image])):
@@ -213,7 +247,9 @@ def test_loss_equals_a_plain_loop_over_pairs(inputs):
     loss = prdp.prdp_loss(*inputs).item()
     assert loss == pytest.approx(sum(e[0] for e in expected) / len(expected), rel=1e-9, abs=1e-12)
     assert loss >= sum(e[1] for e in expected) / len(expected) * (1 - 1e-12)
-    one_by_one = [prdp.prdp_loss(*prompt, clip_range, kl_weight) for prompt in zip(*tensors, strict=True)]
+    one_by_one = [
+        prdp.prdp_loss(*prompt, clip_range, kl_weight) for prompt in zip(*tensors, strict=True)
+    ]
     assert loss == pytest.approx(torch.stack(one_by_one).mean().item(), rel=1e-12)
 
 
@@ -227,15 +263,23 @@ def test_loss_ignores_a_prompts_reward_offset_and_the_order_of_its_images(inputs
     assume((prdp.pair_differences(rewards + offsets) > 0).equal(prdp.pair_differences(rewards) > 0))
     torch.testing.assert_close(shifted, loss, rtol=1e-9, atol=1e-9)
     order = rng.sample(range(rewards.shape[1]), rewards.shape[1])
-    permuted = prdp.prdp_loss(*(x[:, order] for x in (log_probs, old, ref, rewards)), clip_range, kl_weight)
+    permuted = prdp.prdp_loss(
+        *(x[:, order] for x in (log_probs, old, ref, rewards)), clip_range, kl_weight
+    )
     torch.testing.assert_close(permuted, loss)
 
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.3, 0.3], [0.3]])
 def test_without_a_pair_loss_and_gradient_are_zero(rewards):
     log_probs = torch.randn(len(rewards), 4, dtype=torch.float64, requires_grad=True)
-    loss = prdp.prdp_loss(log_probs, log_probs.detach(), torch.randn(len(rewards), 4).double(),
-                          torch.tensor(rewards), 1e-6, 1e-5)
+    loss = prdp.prdp_loss(
+        log_probs,
+        log_probs.detach(),
+        torch.randn(len(rewards), 4).double(),
+        torch.tensor(rewards),
+        1e-6,
+        1e-5,
+    )
     (grad,) = torch.autograd.grad(loss, log_probs)
     assert loss == 0 and torch.equal(grad, torch.zeros_like(grad))
 
@@ -260,11 +304,13 @@ def test_ddpo_loss_is_ppo_on_every_step():
         expected.append(-min(ratio * gain, min(max(ratio, 0.9), 1.1) * gain))
     loss = prdp.ddpo_loss(log_probs, old, advantages, 0.1)
     assert loss.item() == pytest.approx(sum(expected) / len(expected))
-    (grad,) = torch.autograd.grad(prdp.ddpo_loss(old.requires_grad_(), old.detach(), advantages, 0.1), old)
+    (grad,) = torch.autograd.grad(
+        prdp.ddpo_loss(old.requires_grad_(), old.detach(), advantages, 0.1), old
+    )
     torch.testing.assert_close(grad, -advantages[..., None].expand_as(grad) / grad.numel())
 
 
-# --------------------------------------------------------------------------------- the policy's step
+# ------------------------------------------------------------------------------- the policy's step
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -273,9 +319,13 @@ def test_every_step_equals_diffusers_ddim_with_eta_1(prediction_type, num_steps)
     torch.manual_seed(0)
     scheduler = ddim(num_steps, prediction_type=prediction_type)
     latents, prediction, noise = torch.randn(3, num_steps, 4, 8, 8, dtype=torch.float64)
-    mean, std = prdp.ddim_mean_std(scheduler, prediction, latents, scheduler.timesteps)  # mixed steps
+    mean, std = prdp.ddim_mean_std(
+        scheduler, prediction, latents, scheduler.timesteps
+    )  # mixed steps
     for i, t in enumerate(scheduler.timesteps):
-        expected = scheduler.step(prediction[i], t, latents[i], eta=1.0, variance_noise=noise[i]).prev_sample
+        expected = scheduler.step(
+            prediction[i], t, latents[i], eta=1.0, variance_noise=noise[i]
+        ).prev_sample
         torch.testing.assert_close((mean + std * noise)[i], expected, rtol=1e-6, atol=1e-6)
     assert std.shape == (num_steps, 1, 1, 1) and std.min() > 0.02
 
@@ -284,7 +334,9 @@ def test_log_prob_equals_torch_distributions_and_resolves_1e_7_nats():
     torch.manual_seed(0)
     x, mean = torch.randn(2, 5, 4, 8, 8)
     std = torch.rand(5, 1, 1, 1) + 0.02
-    expected = torch.distributions.Normal(mean.double(), std.double()).log_prob(x.double()).mean((1, 2, 3))
+    expected = (
+        torch.distributions.Normal(mean.double(), std.double()).log_prob(x.double()).mean((1, 2, 3))
+    )
     log_prob = prdp.gaussian_log_prob(x, mean, std)
     assert log_prob.dtype == torch.float64
     torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
@@ -308,13 +360,16 @@ def test_guidance_is_linear_between_the_two_predictions(demo_models):
             torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------ the online loop
+# ---------------------------------------------------------------------------------- the online loop
 
 
 def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torch.Tensor:
-    """d loss / d weights in float64, by two passes, or without a micro-batch size by plain autograd."""
-    policy = prdp.replace(policy, unet=copy.deepcopy(policy.unet).to(dtype),
-                          negative_embeds=policy.negative_embeds.to(dtype))
+    """d loss / d weights, by two passes, or without a micro-batch size by plain autograd."""
+    policy = prdp.replace(
+        policy,
+        unet=copy.deepcopy(policy.unet).to(dtype),
+        negative_embeds=policy.negative_embeds.to(dtype),
+    )
     embeds, latents = trajectories.prompt_embeds.to(dtype), trajectories.latents.to(dtype)
     trajectories = prdp.replace(trajectories, prompt_embeds=embeds, latents=latents)
     if micro_batch_size is None:
@@ -333,11 +388,21 @@ def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torc
     return torch.cat([parameter.grad.flatten() for parameter in policy.unet.parameters()]).double()
 
 
-@pytest.mark.parametrize("objective, clip_range", [("prdp", math.inf), ("prdp", 2e-3), ("ddpo", 2e-3)])
+@pytest.mark.parametrize(
+    "objective, clip_range", [("prdp", math.inf), ("prdp", 2e-3), ("ddpo", 2e-3)]
+)
 def test_two_pass_gradient_equals_plain_autograd(demo_models, objective, clip_range):
-    """Through all T steps and all pairs of the prompts at once, with guidance, at a policy that has moved."""
-    config = Config(**prdp.PRESETS["demo"] | dict(
-        objective=objective, clip_range=clip_range, num_steps=4, prompts_per_epoch=2, images_per_prompt=3))
+    """Through all T steps and all pairs at once, with guidance, at a policy that has moved."""
+    config = Config(
+        **prdp.PRESETS["demo"]
+        | dict(
+            objective=objective,
+            clip_range=clip_range,
+            num_steps=4,
+            prompts_per_epoch=2,
+            images_per_prompt=3,
+        )
+    )
     prompts = ["A painting of a cat", "A painting of a bat"]
     trajectories = prdp.collect_epoch(config, demo_models, prompts, 0, {})
     trajectories.rewards = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.2, 0.9]])
@@ -352,17 +417,22 @@ def test_two_pass_gradient_equals_plain_autograd(demo_models, objective, clip_ra
     exact = gradient(config, demo_models.policy, trajectories, torch.float64)
     for micro_batch_size in (1, 7, 100):
         assert error(torch.float64, micro_batch_size) < 1e-12
-    # In float32 plain autograd is itself 2e-5 off the exact gradient; two passes must not add to that.
+    # In float32 plain autograd itself is 2e-5 off the exact gradient; two passes add nothing.
     assert error(torch.float32, 7) < 1.2 * error(torch.float32) + 1e-6 < 1e-4
 
 
-def test_before_the_first_update_of_every_epoch_the_policy_is_exactly_the_old_one(tmp_path, monkeypatch):
+def test_before_the_first_update_of_every_epoch_the_policy_is_exactly_the_old_one(
+    tmp_path, monkeypatch
+):
     differences, update_policy = [], prdp.update_policy
 
     def checked(config, policy, optimizer, trajectories):
-        log_probs = prdp.trajectory_log_probs(policy, trajectories.prompt_embeds, trajectories.latents,
-                                              config.micro_batch_size)
-        differences.append((log_probs.view_as(trajectories.log_probs_old) - trajectories.log_probs_old).abs().max())
+        log_probs = prdp.trajectory_log_probs(
+            policy, trajectories.prompt_embeds, trajectories.latents, config.micro_batch_size
+        )
+        differences.append(
+            (log_probs.view_as(trajectories.log_probs_old) - trajectories.log_probs_old).abs().max()
+        )
         return update_policy(config, policy, optimizer, trajectories)
 
     monkeypatch.setattr(prdp, "update_policy", checked)
@@ -372,8 +442,15 @@ def test_before_the_first_update_of_every_epoch_the_policy_is_exactly_the_old_on
     assert metrics[0]["kl"] == 0 and metrics[2]["kl"] != 0  # the weights did move
 
 
+def demo_flags(run: Path, *flags: str) -> list[str]:
+    """The demo with two prompts, small enough for a test."""
+    prompts = run.parent / "two.txt"
+    prompts.write_text("A painting of a cat\nA painting of a bat\n")
+    return [*DEMO, "--prompts", str(prompts), "--run_dir", str(run), *flags]
+
+
 def train(run: Path, *flags: str) -> None:
-    prdp.train(prdp.parse_config([*DEMO, *flags, "--run", str(run)]), CPU)
+    prdp.train(prdp.parse_config(demo_flags(run, *flags)), CPU)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -381,7 +458,10 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def without_measurements(metrics: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_gib"} for line in metrics]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_gib"}
+        for line in metrics
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -392,12 +472,20 @@ def test_a_stopped_run_continues_to_the_bit_identical_end(tmp_path):
     train(tmp_path / "whole", "--num_epochs", "3", "--updates_per_epoch", "2")
     train(tmp_path / "stopped", "--num_epochs", "1", "--updates_per_epoch", "2")
     train(tmp_path / "stopped", "--num_epochs", "3", "--updates_per_epoch", "2")
-    whole, stopped = (without_measurements(read_metrics(tmp_path / run)) for run in ("whole", "stopped"))
+    whole, stopped = (
+        without_measurements(read_metrics(tmp_path / run)) for run in ("whole", "stopped")
+    )
     assert whole == stopped and [line["epoch"] for line in whole] == [1, 2, 3]
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "stopped")[name])
-    for file in ("config.json", "metrics.jsonl", "reward.png", "samples/epoch_0000.png",
-                 "samples/epoch_0003.png", "checkpoints/epoch_0003.pt"):
+    for file in (
+        "config.json",
+        "metrics.jsonl",
+        "reward.png",
+        "samples/epoch_0000.png",
+        "samples/epoch_0003.png",
+        "checkpoints/epoch_0003.pt",
+    ):
         assert (tmp_path / "whole" / file).stat().st_size > 0
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
@@ -412,16 +500,17 @@ def test_two_processes_see_the_same_draws_and_follow_the_same_curve(tmp_path):
         "    torch.save(trajectories.latents, f'{config.run}.{epoch}.{prdp.rank()}.pt')\n"
         "    return trajectories\n"
         "prdp.collect_epoch = saving\n"
-        "prdp.main()\n")
+        "prdp.main()\n"
+    )
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port",
-                   "29517", str(script), *DEMO, "--num_epochs", "2", "--run_dir",
-                   str(tmp_path / f"world{processes}")]
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
+        flags = demo_flags(tmp_path / f"world{processes}", "--num_epochs", "2")
+        command = [sys.executable, *launch, str(script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=150)
     for epoch in range(2):
         one = torch.load(tmp_path / f"world1.{epoch}.0.pt")
-        two = torch.cat([torch.load(tmp_path / f"world2.{epoch}.{rank}.pt") for rank in range(2)])  # a prompt each
+        two = torch.cat([torch.load(tmp_path / f"world2.{epoch}.{rank}.pt") for rank in range(2)])
         assert torch.equal(one[:, 0], two[:, 0])
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     one, two = (without_measurements(read_metrics(tmp_path / f"world{n}")) for n in (1, 2))
@@ -450,18 +539,26 @@ def test_each_of_the_papers_comparisons_is_one_flag(tmp_path, flags):
 def test_a_v_prediction_model_trains_and_scores_like_its_sampler(tmp_path):
     shutil.copytree("demo/model", tmp_path / "v")
     config = tmp_path / "v/scheduler/scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"})
+    )
     train(tmp_path / "run", "--num_epochs", "1", "--model", str(tmp_path / "v"))
     assert read_metrics(tmp_path / "run")[0]["kl"] == 0
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
 def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, capsys):
-    (tmp_path / "two.txt").write_text("A painting of a cat\nA painting of a bat\n")
     train(tmp_path / "run", "--num_epochs", "1")
     shutil.rmtree(tmp_path / "run/unet")
-    shutil.copytree("demo/model/unet", tmp_path / "run/unet")  # finetuned = base: no difference at all
-    flags = ["--evaluate", str(tmp_path / "run"), "--prompts", str(tmp_path / "two.txt"), "--samples_per_prompt", "3"]
+    shutil.copytree("demo/model/unet", tmp_path / "run/unet")  # finetuned = base
+    flags = [
+        "--evaluate",
+        str(tmp_path / "run"),
+        "--prompts",
+        str(tmp_path / "two.txt"),
+        "--samples_per_prompt",
+        "3",
+    ]
     config = prdp.parse_config(flags)
     assert config.prompt_template == "{}" and config.num_steps == 4
     prdp.evaluate(config, CPU)
@@ -471,7 +568,7 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     assert (tmp_path / "run/evaluation-two.png").exists() and "clip" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------- prompts and rewards
+# ------------------------------------------------------------------------------ prompts and rewards
 
 
 def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_path, capsys):
@@ -501,10 +598,15 @@ def test_clip_reward_is_the_cosine_that_transformers_gives_for_the_saved_picture
     from transformers import CLIPModel, CLIPProcessor
 
     images, prompts = torch.rand(2, 3, 48, 48), ["A painting of a cat", "A painting of a bat"]
-    model, processor = CLIPModel.from_pretrained("demo/clip"), CLIPProcessor.from_pretrained("demo/clip")
+    model, processor = (
+        CLIPModel.from_pretrained("demo/clip"),
+        CLIPProcessor.from_pretrained("demo/clip"),
+    )
     pictures = [Image.fromarray((i * 255).round().byte().permute(1, 2, 0).numpy()) for i in images]
     with torch.no_grad():
-        output = model(**processor(text=prompts, images=pictures, return_tensors="pt", padding=True))
+        output = model(
+            **processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
+        )
     expected = output.logits_per_image.diag() / model.logit_scale.exp()
     reward = load_reward("clip:demo/clip", CPU)
     torch.testing.assert_close(reward(images, prompts), expected, rtol=0, atol=1e-5)
@@ -516,14 +618,22 @@ def test_jpeg_rewards_are_the_size_of_the_file(tmp_path):
     images = torch.stack([torch.rand(3, 32, 32), torch.full((3, 32, 32), 0.5)])
     sizes = []
     for i, image in enumerate(images):
-        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.jpg", quality=95)
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(
+            tmp_path / f"{i}.jpg", quality=95
+        )
         sizes.append((tmp_path / f"{i}.jpg").stat().st_size / 1000)
-    assert load_reward("jpeg_incompressibility", CPU)(images, ["", ""]).tolist() == pytest.approx(sizes)
-    assert load_reward("jpeg_compressibility", CPU)(images, ["", ""]).tolist() == pytest.approx([-s for s in sizes])
+    assert load_reward("jpeg_incompressibility", CPU)(images, ["", ""]).tolist() == pytest.approx(
+        sizes
+    )
+    assert load_reward("jpeg_compressibility", CPU)(images, ["", ""]).tolist() == pytest.approx(
+        [-s for s in sizes]
+    )
 
 
 def test_a_weighted_sum_is_the_sum_of_its_parts(tmp_path):
-    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    (tmp_path / "mine.py").write_text(
+        "def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n"
+    )
     images, prompts = torch.rand(3, 3, 32, 32), ["A painting of a cat"] * 3
     specs = {f"{tmp_path}/mine.py:red": 3.0, "jpeg_compressibility": 0.05, "clip:demo/clip": 10.0}
     parts = [weight * load_reward(spec, CPU)(images, prompts) for spec, weight in specs.items()]
@@ -532,7 +642,7 @@ def test_a_weighted_sum_is_the_sum_of_its_parts(tmp_path):
     assert list(whole.terms(images, prompts)) == ["red", "jpeg_compressibility", "clip"]
 
 
-# ------------------------------------------------------------------------ flags, mistakes, documents
+# ----------------------------------------------------------------------- flags, mistakes, documents
 
 
 def test_presets_are_table_4():
@@ -543,10 +653,24 @@ def test_presets_are_table_4():
     }
     for preset, values in table.items():
         c = prdp.parse_config(["--preset", preset])
-        assert values == (c.num_epochs, c.updates_per_epoch, c.prompts_per_epoch, c.images_per_prompt,
-                          c.kl_weight, c.clip_range, c.learning_rate)
-        assert (c.num_steps, c.guidance_scale, c.weight_decay, c.max_grad_norm) == (50, 5.0, 1e-4, 1.0)
-        assert c.model == "CompVis/stable-diffusion-v1-4" and c.objective == "prdp" and not c.offline
+        assert values == (
+            c.num_epochs,
+            c.updates_per_epoch,
+            c.prompts_per_epoch,
+            c.images_per_prompt,
+            c.kl_weight,
+            c.clip_range,
+            c.learning_rate,
+        )
+        assert (c.num_steps, c.guidance_scale, c.weight_decay, c.max_grad_norm) == (
+            50,
+            5.0,
+            1e-4,
+            1.0,
+        )
+        assert (
+            c.model == "CompVis/stable-diffusion-v1-4" and c.objective == "prdp" and not c.offline
+        )
     assert prdp.parse_config([]) == Config(run="runs/small-hpsv2")
     assert prdp.parse_config(["--preset", "multi"]).reward == "pickscore=10,hpsv2=2,aesthetic=0.05"
     assert prdp.parse_config(["--preset", "large", "--learning_rate", "1"]).learning_rate == 1
@@ -577,15 +701,23 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bad.py").write_text(
         "def shape(images, prompts):\n    return images\n"
-        "def nan(images, prompts):\n    return images.mean((1, 2, 3)).log() * float('nan')\n")
-    for name, file, key, value in (("XL", "model_index.json", "_class_name", "StableDiffusionXLPipeline"),
-                                   ("SAMPLE", "scheduler/scheduler_config.json", "prediction_type", "sample")):
+        "def nan(images, prompts):\n    return images.mean((1, 2, 3)).log() * float('nan')\n"
+    )
+    for name, file, key, value in (
+        ("XL", "model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+        ("SAMPLE", "scheduler/scheduler_config.json", "prediction_type", "sample"),
+    ):
         if name in flags:
             shutil.copytree("demo/model", tmp_path / name)
             config = tmp_path / name / file
             config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
-    stand_ins = {"EMPTY": tmp_path / "empty.txt", "XL": tmp_path / "XL", "SAMPLE": tmp_path / "SAMPLE",
-                 "BAD:shape": f"{tmp_path}/bad.py:shape", "BAD:nan": f"{tmp_path}/bad.py:nan"}
+    stand_ins = {
+        "EMPTY": tmp_path / "empty.txt",
+        "XL": tmp_path / "XL",
+        "SAMPLE": tmp_path / "SAMPLE",
+        "BAD:shape": f"{tmp_path}/bad.py:shape",
+        "BAD:nan": f"{tmp_path}/bad.py:nan",
+    }
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
         train(tmp_path / "run", *[str(stand_ins.get(flag, flag)) for flag in flags])
     assert "\n" not in str(error.value)
@@ -597,7 +729,9 @@ def test_a_run_made_with_other_flags_is_refused_and_kept(tmp_path):
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="--learning_rate 0.0002 and not 1.0"):
         train(tmp_path / "run", "--num_epochs", "1", "--learning_rate", "1")
-    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
+    }
 
 
 def test_prompts_that_the_processes_cannot_share_are_refused(monkeypatch):
@@ -610,21 +744,20 @@ def test_on_the_command_line_a_mistake_is_one_line_and_a_failure():
     command = [sys.executable, "prdp.py", "--preset", "demo", "--prompts", "nowhere.txt"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert process.stderr.strip().splitlines()[-1].startswith("prdp.py: error: --prompts nowhere.txt")
+    assert (
+        process.stderr.strip().splitlines()[-1].startswith("prdp.py: error: --prompts nowhere.txt")
+    )
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(monkeypatch):
     monkeypatch.setattr(prdp, "read_config", lambda run: {})
     readme = (ROOT / "README.md").read_text()
-    commands = [line.split("#")[0] for line in readme.splitlines() if " prdp.py" in line and line.startswith("    ")]
-    assert len(commands) >= 5
+    commands = re.findall(r"^    .*prdp\.py.*$", readme, re.MULTILINE)
+    assert len(commands) >= 3
     for command in commands:
-        words = shlex.split(command.split("&&")[-1])
-        arguments = words[words.index("prdp.py") + 1:]
-        config = prdp.parse_config(arguments)
-        if config.prompts.endswith(".txt"):
-            assert (ROOT / config.prompts).exists(), command
-    import re
+        words = shlex.split(command.split("&&")[-1], comments=True)
+        config = prdp.parse_config(words[words.index("prdp.py") + 1 :])
+        assert not config.prompts.endswith(".txt") or (ROOT / config.prompts).exists(), command
     for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", readme):
-        target = link[0] or link[1]
-        assert target.startswith("http") or (ROOT / target).exists(), target
+        path = "".join(link)
+        assert path.startswith("http") or (ROOT / path).exists(), path
