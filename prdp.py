@@ -23,7 +23,7 @@ Algorithm 1, and the function that does each line:
     for each epoch                                              train
         draw N prompts and B trajectories of each from pi_old   collect_epoch: sample_trajectories
         log pi_ref of these trajectories                        collect_epoch: trajectory_log_probs
-        reward every final image                                collect_epoch: Reward.terms
+        reward every final image                                collect_epoch: score_images
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
             the loss and its gradient at every log-prob         update_policy: prdp_loss
@@ -38,7 +38,9 @@ Deviations from the paper
  4. A prompt whose rewards all tie has no pair; its loss is 0 (the paper has a mean over nothing),
     and an update with no gradient at all changes no weight.
  5. The baseline, `--objective ddpo`, normalises rewards by the prompt's B images of the epoch only.
- 6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref.
+ 6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref and drawn again
+    every epoch; pi_old is the policy at the epoch's start, and only --evaluate shows progress.
+ 7. bfloat16 autocast on GPUs that have it; rewards see images rounded to 8 bits.
 
     torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
     torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
@@ -56,6 +58,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import sys
 import textwrap
 import time
@@ -104,14 +107,14 @@ class Config:
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
-    kl_weight: float = HfArg(default=3e-5, help="beta: units of reward per nat per latent element")
+    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat per element and step")
     num_steps: int = HfArg(default=50, help="T: denoising steps")
     clip_range: float = HfArg(default=1e-6, help="eps: clip of a step, nats per element, or inf")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance, part of the policy")
     learning_rate: float = HfArg(default=1e-5, help="of AdamW")
     weight_decay: float = HfArg(default=1e-4, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
-    micro_batch_size: int = HfArg(default=8, help="images, or (image, step) pairs, a UNet call")
+    micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
 
@@ -126,7 +129,7 @@ PRESETS = {
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": dict(
         model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
-        prompts_per_epoch=44, images_per_prompt=6, num_steps=5, kl_weight=1.0, clip_range=1e-4,
+        prompts_per_epoch=44, images_per_prompt=12, num_steps=5, kl_weight=1.0, clip_range=1e-4,
         guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64),
 }
 
@@ -150,15 +153,14 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
-    if config.prompts_per_epoch % world_size():
-        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
-                         f"{world_size()} processes; change one of the two")
+    if config.offline and config.objective == "ddpo":
+        raise ValueError("--offline: ddpo is a policy gradient and needs its policy's samples")
     return config
 
 
 # ------------------------------------------------------------------------ §2 Denoising as a policy
-# P images, or P (image, step) pairs; T steps. A trajectory is `latents` (P, T+1, C, H, W): index 0
-# is pure noise x_T, index T is x_0, and `timesteps[i]` is the scheduler's t, 0..999, of i -> i + 1.
+# P images, or P entries (image, step); T steps. A trajectory is `latents` (P, T+1, C, H, W): index
+# 0 is pure noise x_T, index T is x_0; `timesteps[i]` is the scheduler's t, 0..999, of i -> i + 1.
 
 
 def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor,
@@ -343,25 +345,27 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     mine = range(rank(), config.prompts_per_epoch, world_size())  # n of 0..N-1
     images = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
     image_prompts = [drawn[prompt] for prompt, _ in images]
-    shape, size = (len(mine), config.images_per_prompt, -1), config.micro_batch_size
+    shape = (len(mine), config.images_per_prompt, -1)  # (P, ...) is seen as (n, B, ...)
+    size = config.micro_batch_size
 
     with timed(seconds, "seconds_sampling"):
         noise = torch.stack([draw_noise(f"{config.seed}/{drawn_at}/{prompt}/{image}",
                                         config.num_steps, models.latent_shape)
                              for prompt, image in images])  # (P, T+1, C, H, W)
-        embeds = models.encode_prompts(image_prompts)  # (P, L, E)
-        sampler = models.reference if config.offline else models.policy
-        latents, log_probs_old = sample_trajectories(sampler, embeds, noise, size)  # (P, T)
+        embeds = models.encode_prompts([drawn[prompt] for prompt in mine])  # (n, L, E)
+        embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, E)
+        sampler, other = models.policy, models.reference
         if config.offline:
-            log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
+            sampler, other = other, sampler
+        latents, log_probs_old = sample_trajectories(sampler, embeds, noise, size)  # (P, T)
         log_probs_ref = log_probs_old
         if config.objective == "prdp":  # DDPO has no reference
-            log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
+            log_probs_ref = trajectory_log_probs(other, embeds, latents, size)
+        if config.offline:
+            log_probs_old, log_probs_ref = log_probs_ref, log_probs_old
 
     with timed(seconds, "seconds_scoring"):
-        scored = [models.reward.terms(models.decode(latents[batch, -1]), image_prompts[batch])
-                  for batch in micro_batches(len(images), size, "rewarding")]
-        terms = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}  # (P,)
+        terms = score_images(models, latents[:, -1], image_prompts, size)  # name -> (P,)
         rewards = models.reward.total(terms)  # (P,)
     for prompt, reward in zip(image_prompts, rewards.tolist(), strict=True):
         if not math.isfinite(reward):
@@ -369,6 +373,14 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
                              f"{epoch + 1}; the last checkpoint is kept")
     return Trajectories(embeds, latents, log_probs_old.view(shape), log_probs_ref.view(shape),
                         rewards.view(shape[:2]), {k: v.view(shape[:2]) for k, v in terms.items()})
+
+
+def score_images(models: "Models", latents: Tensor, prompts: list[str],
+                 micro_batch_size: int) -> dict[str, Tensor]:
+    """The reward's terms at x_0 (P, C, H, W): name -> (P,) float32, unweighted."""
+    scores = [models.reward.terms(models.decode(latents[batch]), prompts[batch])
+              for batch in micro_batches(len(latents), micro_batch_size, "scoring")]
+    return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
 
 def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
@@ -393,6 +405,9 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         average_gradients(policy.unet)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
+        if not grad_norm.isfinite():
+            raise ValueError(f"update {k + 1} of {config.updates_per_epoch} has the gradient norm "
+                             f"{grad_norm}; no weight was changed. Lower --learning_rate?")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
@@ -417,13 +432,13 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
                        micro_batch_size: int) -> None:
     """Add to .grad the sum over (image, step) of grad * d log_prob / d theta.
 
-    grad: (P, T), d loss / d log_prob. Pairs whose entry is exactly 0, the clipped ones, are left
+    grad: (P, T), d loss / d log_prob. Entries that are exactly 0, as clipping makes them, are left
     out; the others are independent, so they fill micro-batches that mix images and steps.
     """
     latents, timesteps = trajectories.latents, policy.scheduler.timesteps.to(grad.device)
-    images, steps = grad.nonzero(as_tuple=True)  # (M,) each
-    for pairs in micro_batches(len(images), micro_batch_size, "updating"):
-        image, step = images[pairs], steps[pairs]  # (P,) each
+    entries = grad.nonzero()  # (M, 2)
+    for batch in micro_batches(len(entries), micro_batch_size, "updating"):
+        image, step = entries[batch].unbind(1)  # (P,) each
         with mixed_precision(latents.device):
             mean, std = policy.mean_std(latents[image, step], timesteps[step],
                                         trajectories.prompt_embeds[image])
@@ -467,18 +482,17 @@ def load_models(config: Config, device: torch.device) -> Models:
     pipeline = load_pipeline(config.model).to(device)
     for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         frozen.eval().requires_grad_(False)
-    scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="leading", set_alpha_to_one=False,
-        clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
+    # Only its noise schedule and timesteps are used; `ddim_mean_std` is the step.
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"--model {config.model} predicts {scheduler.config.prediction_type!r}; "
                          "only epsilon and v_prediction are supported")
     scheduler.set_timesteps(config.num_steps)
-    reference = Policy(pipeline.unet, scheduler, torch.empty(0), config.guidance_scale)
-    models = Models(reference, reference, pipeline, reward)
-    reference.negative_embeds = models.encode_prompts([""])
-    models.policy = replace(reference, unet=copy.deepcopy(reference.unet).requires_grad_(True))
-    return models
+    with torch.no_grad():
+        negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
+    reference = Policy(pipeline.unet, scheduler, negative_embeds, config.guidance_scale)
+    policy = replace(reference, unet=copy.deepcopy(reference.unet).requires_grad_(True))
+    return Models(policy, reference, pipeline, reward)
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
@@ -489,8 +503,8 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
             return StableDiffusionPipeline.from_pretrained(
                 model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
     except OSError as error:
-        raise ValueError(f"--model {model}: no model_index.json in a folder or on the hub by that "
-                         "name; without a network, give a local folder "
+        raise ValueError(f"--model {model}: no pipeline could be loaded from a folder or hub id of "
+                         "that name; without a network, give a local folder "
                          f"({str(error).splitlines()[0]})") from None
     raise ValueError(f"--model {model} is a {kind}; only StableDiffusionPipeline, that is Stable "
                      "Diffusion v1 and v2, is supported")
@@ -517,6 +531,7 @@ def read_prompts(file: str, template: str) -> list[str]:
 def report_long_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     """Say once how many prompts the text encoder will not read to their end."""
     limit = tokenizer.model_max_length
+    # A token is a byte at least, and two tokens mark the ends: the shorter prompts must fit.
     candidates = [prompt for prompt in prompts if len(prompt.encode()) > limit - 2] or [""]
     if long := sum(len(ids) > limit for ids in tokenizer(candidates).input_ids):
         say(f"{long} of {len(prompts)} prompts are longer than {limit} tokens and are cut there")
@@ -539,15 +554,19 @@ def draw_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
 
 def start_distributed() -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
-    on_gpu, local_rank = torch.cuda.is_available(), os.environ.get("LOCAL_RANK")
-    if local_rank is not None:
-        if (local_size := int(os.environ["LOCAL_WORLD_SIZE"])) > 1:  # torchrun gave each one thread
-            torch.set_num_threads(max(1, os.cpu_count() // local_size))
-        # The others wait while rank 0 downloads, draws grids and writes: give it time.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in
+                              (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    on_gpu = torch.cuda.device_count() >= local_size  # else two would have to share one
     if on_gpu:
-        torch.cuda.set_device(int(local_rank or 0))
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(local_rank)
+    elif local_size > 1:  # torchrun gave each process one thread
+        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    if "LOCAL_RANK" in os.environ:
+        # Long, because the others wait while rank 0 draws grids and writes checkpoints.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    if not on_gpu and torch.cuda.is_available():
+        say(f"{local_size} processes, {torch.cuda.device_count()} GPUs: computing on the CPU")
+    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
 def world_size() -> int:
@@ -609,11 +628,14 @@ class Run:
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """The path to write the file to until it is whole."""
+        """The path to write the file or folder to until it is whole."""
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        yield file.with_name(file.name + ".tmp")
-        os.replace(file.with_name(file.name + ".tmp"), file)
+        temporary = file.with_name(file.name + ".tmp")
+        yield temporary
+        if file.is_dir():
+            shutil.rmtree(file)
+        os.replace(temporary, file)
 
     def write_json(self, name: str, content: dict) -> None:
         with self.replacing(name) as file:
@@ -625,7 +647,7 @@ class Run:
     def save_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer,
                         metrics: list[dict]) -> None:
         """All that the next epoch needs, in place of the checkpoint before."""
-        with self.replacing(f"checkpoints/epoch_{len(metrics):04}.pt") as file:
+        with self.replacing(f"checkpoints/epoch_{len(metrics):06}.pt") as file:
             torch.save({"metrics": metrics, "unet": policy.unet.state_dict(),
                         "optimizer": optimizer.state_dict()}, file)
         for superseded in self.checkpoints()[:-1]:
@@ -635,7 +657,7 @@ class Run:
         """Go on from the newest checkpoint, if there is one; returns the metrics of its epochs."""
         if not self.checkpoints():
             return []
-        state = torch.load(self.checkpoints()[-1], map_location="cpu", weights_only=True)
+        state = torch.load(self.checkpoints()[-1], map_location="cpu", mmap=True, weights_only=True)
         policy.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {self.folder} after epoch {len(state['metrics'])}")
@@ -668,9 +690,9 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
                **dict(zip(updates, means, strict=True)),
                "explained_variance": None, "sign_accuracy": None, "kl": None}
-    if config.objective == "prdp":
+    if config.objective == "prdp":  # DDPO took no log-probs of the reference
         log_ratios = gather(trajectories.log_probs_old - trajectories.log_probs_ref)  # (N, B, T)
-        metrics["kl"] = log_ratios.mean().item()
+        metrics["kl"] = None if config.offline else log_ratios.mean().item()
         targets = pair_differences(rewards) / config.kl_weight  # (N, B, B)
         is_pair, predicted = targets > 0, pair_differences(log_ratios.mean(-1))
         if is_pair.any():
@@ -678,7 +700,7 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
             unexplained = errors.square().mean() / targets[is_pair].square().mean()
             metrics["explained_variance"] = 1 - unexplained.item()
             metrics["sign_accuracy"] = is_right.mean().item()  # a prediction of 0 is half right
-    return metrics | {f"reward_{name}": gather(term).mean().item()
+    return metrics | {f"reward/{name}": gather(term).mean().item()
                       for name, term in trajectories.reward_terms.items()}
 
 
@@ -705,6 +727,9 @@ def peak_gib() -> float:
 
 def train(config: Config, device: torch.device) -> None:
     """Algorithm 1, and what it leaves on disk."""
+    if config.prompts_per_epoch % world_size():
+        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
+                         f"{world_size()} processes; change one of the two")
     run = Run(config.run)
     run.claim(config)
     prompts = read_prompts(config.prompts, config.prompt_template)
@@ -714,6 +739,10 @@ def train(config: Config, device: torch.device) -> None:
     optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate,
                                   weight_decay=config.weight_decay)
     metrics = run.load_checkpoint(policy, optimizer)
+    epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
+    if len(set(epochs_done)) > 1 or epochs_done[0] > config.num_epochs:
+        raise ValueError(f"--run {config.run} has {epochs_done} epochs as each process sees it: it "
+                         "must be one shared folder, and --num_epochs cannot be less")
     if rank() == 0:
         run.write_json("config.json", asdict(config))
 
@@ -733,34 +762,36 @@ def train(config: Config, device: torch.device) -> None:
     if rank() == 0:
         name = f"samples/epoch_{config.num_epochs:04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
-        policy.unet.save_pretrained(run.folder / "unet")
+        with run.replacing("unet") as folder:
+            policy.unet.save_pretrained(folder)
     say(f"{run.folder}/unet is finished; to judge it: python prdp.py --evaluate {run.folder}")
 
 
-def draw_images(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
-                count: int) -> Tensor:
-    """Images (count, 3, H, W) in [0, 1] of prompts[index], from noise that any policy gets."""
+def draw_latents(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
+                 count: int) -> Tensor:
+    """x_0 (count, C, H, W) of prompts[index], from noise that is the same for any policy."""
     keys = [f"{config.seed}/evaluate/{index}/{image}" for image in range(count)]
     noise = torch.stack([draw_noise(key, config.num_steps, models.latent_shape) for key in keys])
-    embeds = models.encode_prompts([prompts[index]] * count)
-    latents, _ = sample_trajectories(policy, embeds, noise, config.micro_batch_size)
-    return torch.cat([models.decode(x_0) for x_0 in latents[:, -1].split(config.micro_batch_size)])
+    embeds = models.encode_prompts([prompts[index]]).expand(count, -1, -1)
+    return sample_trajectories(policy, embeds, noise, config.micro_batch_size)[0][:, -1]
 
 
 def save_grid(config: Config, models: Models, policies: dict[str, Policy], prompts: list[str],
               run: Run, name: str) -> None:
-    """A picture: eight prompts, spread over the list, by three images of each policy."""
-    shown = range(0, len(prompts), math.ceil(len(prompts) / 8))
+    """A picture: up to eight prompts, spread over the list, by three images of each policy."""
+    columns = min(8, len(prompts))
+    shown = [column * len(prompts) // columns for column in range(columns)]  # indices of prompts
     figure = Figure(figsize=(1.3 * len(shown), 4.2 * len(policies)), layout="constrained")
     cells = figure.subplots(3 * len(policies), len(shown), squeeze=False)
     for i, (label, policy) in enumerate(policies.items()):
         for column, index in enumerate(shown):
-            images = draw_images(config, models, policy, prompts, index, 3).permute(0, 2, 3, 1)
+            images = models.decode(draw_latents(config, models, policy, prompts, index, 3))
+            images = images.permute(0, 2, 3, 1)
             for cell, image in zip(cells[3 * i : 3 * i + 3, column], images.cpu(), strict=True):
                 cell.imshow(image, interpolation="nearest")
                 cell.set(xticks=[], yticks=[], ylabel="" if column else label)
             title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
-            cells[0, column].set_title(title, fontsize=8)
+            cells[0, column].set_title(title, fontsize=8, parse_math=False)
     with run.replacing(name) as file:
         figure.savefig(file, dpi=100, format="png")
 
@@ -775,27 +806,27 @@ def evaluate(config: Config, device: torch.device) -> None:
     models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
     policies = {"base": models.reference, "finetuned": models.policy}
 
-    names = [*models.reward.weights, "weighted sum"][: 1 if len(models.reward.weights) == 1 else None]
+    names = [*models.reward.weights, "weighted sum"]
     share = math.ceil(len(prompts) / world_size())
     scores = torch.zeros(share, 2, count, len(names), device=device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
         for i, policy in enumerate(policies.values()):
-            images = draw_images(config, models, policy, prompts, index, count)
-            terms = models.reward.terms(images, [prompts[index]] * count)
-            columns = [*terms.values(), models.reward.total(terms)]
-            scores[row, i] = torch.stack(columns[: len(names)], -1)
-    scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)].double()
+            latents = draw_latents(config, models, policy, prompts, index, count)
+            terms = score_images(models, latents, [prompts[index]] * count, config.micro_batch_size)
+            scores[row, i] = torch.stack([*terms.values(), models.reward.total(terms)], -1)
+    scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)]
+    means = scores.double().mean(2).permute(2, 1, 0)  # of each prompt: (R, 2, prompts)
 
-    say(f"{len(prompts)} prompts x {count} samples, mean ± standard error\n"
+    say(f"{len(prompts)} prompts x {count} samples; mean ± standard error over prompts\n"
         f"{'':<24}{'base':<20}{'finetuned':<20}{'difference':<20}prompts improved")
     results = {}
-    for name, (base, finetuned) in zip(names, scores.permute(3, 1, 0, 2), strict=True):
-        columns = {"base": base, "finetuned": finetuned, "difference": finetuned - base}
-        result = {k: [v.mean().item(), v.std().item() / count**0.5 / len(prompts)**0.5]
-                  for k, v in columns.items()}
-        improved = (finetuned.mean(1) > base.mean(1)).double().mean().item()
-        row = "".join(f"{f'{mean:.4f} ± {error:.4f}':<20}" for mean, error in result.values())
-        say(f"{name:<24}{row}{improved:.1%}")
+    for name, (base, finetuned) in zip(names, means, strict=True):
+        result = {column: [mean.mean().item(), mean.std(correction=0).item() / len(mean) ** 0.5]
+                  for column, mean in {"base": base, "finetuned": finetuned,
+                                       "difference": finetuned - base}.items()}
+        cells = "".join(f"{f'{mean:.4f} ± {error:.4f}':<20}" for mean, error in result.values())
+        improved = (finetuned > base).double().mean().item()
+        say(f"{name:<24}{cells}{improved:.1%}")
         results[name] = result | {"prompts_improved": improved}
     if rank() == 0:
         name = f"evaluation-{Path(config.prompts).stem}"
