@@ -93,10 +93,12 @@ class Config:
     Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
 
-    preset: Literal["small", "large", "multi", "demo"] = HfArg(default="small", help="defaults")
+    preset: Literal["small", "large", "multi", "demo"] = HfArg(
+        default="small", help="where defaults come from: a column of Table 4, or the demo")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
     prompts: str = HfArg(default="prompts/animals.txt", help="text file, one prompt a line")
-    prompt_template: str = HfArg(default="A painting of a {}", help="[{} with --prompts]")
+    prompt_template: str = HfArg(
+        default="A painting of a {}", help="around each line; {} alone with your own --prompts")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     objective: Literal["prdp", "ddpo"] = HfArg(default="prdp", help="prdp, or the baseline ddpo")
     offline: bool = HfArg(default=False, help="train on one pool, drawn from pi_ref (Fig. 7)")
@@ -129,7 +131,7 @@ PRESETS = {
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": dict(
         model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
-        prompts_per_epoch=44, images_per_prompt=12, num_steps=5, kl_weight=1.0, clip_range=1e-4,
+        prompts_per_epoch=44, images_per_prompt=6, num_steps=10, kl_weight=1.0, clip_range=1e-4,
         guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64),
 }
 
@@ -806,14 +808,15 @@ def evaluate(config: Config, device: torch.device) -> None:
     models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
     policies = {"base": models.reference, "finetuned": models.policy}
 
-    names = [*models.reward.weights, "weighted sum"]
+    names = [*models.reward.weights, *["weighted sum"][: len(models.reward.weights) - 1]]
     share = math.ceil(len(prompts) / world_size())
     scores = torch.zeros(share, 2, count, len(names), device=device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
         for i, policy in enumerate(policies.values()):
             latents = draw_latents(config, models, policy, prompts, index, count)
             terms = score_images(models, latents, [prompts[index]] * count, config.micro_batch_size)
-            scores[row, i] = torch.stack([*terms.values(), models.reward.total(terms)], -1)
+            terms["weighted sum"] = models.reward.total(terms)
+            scores[row, i] = torch.stack([terms[name] for name in names], -1)
     scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)]
     means = scores.double().mean(2).permute(2, 1, 0)  # of each prompt: (R, 2, prompts)
 
