@@ -344,27 +344,25 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     """
     drawn_at = 0 if config.offline else epoch  # offline, the same pool is drawn again every epoch
     drawn = draw_prompts(prompts, config.prompts_per_epoch, f"{config.seed}/{drawn_at}")  # N
-    mine = range(rank(), config.prompts_per_epoch, world_size())  # n of 0..N-1
-    images = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
-    image_prompts = [drawn[prompt] for prompt, _ in images]
+    mine = range(rank(), config.prompts_per_epoch, world_size())  # n of the indices 0..N-1
+    indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
+    image_prompts = [drawn[i] for i, _ in indices]
     shape = (len(mine), config.images_per_prompt, -1)  # (P, ...) is seen as (n, B, ...)
     size = config.micro_batch_size
 
     with timed(seconds, "seconds_sampling"):
-        noise = torch.stack([draw_noise(f"{config.seed}/{drawn_at}/{prompt}/{image}",
-                                        config.num_steps, models.latent_shape)
-                             for prompt, image in images])  # (P, T+1, C, H, W)
-        embeds = models.encode_prompts([drawn[prompt] for prompt in mine])  # (n, L, E)
+        noise = torch.stack([draw_noise(f"{config.seed}/{drawn_at}/{i}/{j}", config.num_steps,
+                                        models.latent_shape) for i, j in indices])
+        embeds = models.encode_prompts([drawn[i] for i in mine])  # (n, L, E)
         embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, E)
-        sampler, other = models.policy, models.reference
         if config.offline:
-            sampler, other = other, sampler
-        latents, log_probs_old = sample_trajectories(sampler, embeds, noise, size)  # (P, T)
-        log_probs_ref = log_probs_old
+            latents, _ = sample_trajectories(models.reference, embeds, noise, size)
+            log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
+        else:
+            latents, log_probs_old = sample_trajectories(models.policy, embeds, noise, size)
+        log_probs_ref = log_probs_old  # (P, T)
         if config.objective == "prdp":  # DDPO has no reference
-            log_probs_ref = trajectory_log_probs(other, embeds, latents, size)
-        if config.offline:
-            log_probs_old, log_probs_ref = log_probs_ref, log_probs_old
+            log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
 
     with timed(seconds, "seconds_scoring"):
         terms = score_images(models, latents[:, -1], image_prompts, size)  # name -> (P,)
@@ -846,6 +844,7 @@ def main() -> None:
         config = parse_config()
         evaluate(config, device) if config.evaluate else train(config, device)
     except ValueError as error:
+        time.sleep(5 * (rank() > 0))  # what all processes meet is told by the first, which ends all
         sys.exit(f"prdp.py: error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
