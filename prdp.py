@@ -786,8 +786,8 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
     for i, (label, policy) in enumerate(policies.items()):
         for column, index in enumerate(shown):
             images = models.decode(draw_latents(config, models, policy, prompts, index, 3))
-            images = images.permute(0, 2, 3, 1)
-            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images.cpu(), strict=True):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images, strict=True):
                 cell.imshow(image, interpolation="nearest")
                 cell.set(xticks=[], yticks=[], ylabel="" if column else label)
             title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)

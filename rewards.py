@@ -3,12 +3,14 @@
     reward = load_reward("clip:demo/clip", device)
     scores = reward(images, prompts)        # images (P, 3, H, W) float in [0, 1] -> (P,) float32
 
-A spec is one scorer or a weighted sum of several, "pickscore=10,hpsv2=2,aesthetic=0.05":
+A spec is one scorer or a weighted sum of several, "clip:demo/clip=10,jpeg_compressibility=0.05":
 
     clip:PATH_OR_HUB_ID     cosine similarity of a transformers CLIP model, no logit scale
     jpeg_compressibility    minus the size of the quality-95 JPEG, kB; needs no weights
     jpeg_incompressibility  plus that size
     FILE.py:FUNCTION        your own: function(images, prompts) -> (P,) tensor
+
+A further model is a factory in FACTORIES, below; HPSv2, PickScore and LAION aesthetic will be.
 
 Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. Each scorer's
 factory imports what only it needs: a run with one reward neither imports nor downloads others.
@@ -26,7 +28,7 @@ Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
 class Reward:
-    """A weighted sum of scorers, Table 4's multi-reward; a single reward is a sum of one."""
+    """A weighted sum of scorers, as Table 4's multi-reward is; a single reward is a sum of one."""
 
     def __init__(self, scorers: dict[str, Scorer], weights: dict[str, float]):
         self.scorers, self.weights = scorers, weights
