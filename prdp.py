@@ -407,7 +407,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {k + 1} of {config.updates_per_epoch} has the gradient norm "
-                             f"{grad_norm}; no weight was changed. Lower --learning_rate?")
+                             f"{grad_norm}; its step was not taken. Lower --learning_rate?")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
@@ -806,7 +806,9 @@ def evaluate(config: Config, device: torch.device) -> None:
     models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
     policies = {"base": models.reference, "finetuned": models.policy}
 
-    names = [*models.reward.weights, *["weighted sum"][: len(models.reward.weights) - 1]]
+    names = list(models.reward.weights)
+    if len(names) > 1:
+        names.append("weighted sum")
     share = math.ceil(len(prompts) / world_size())
     scores = torch.zeros(share, 2, count, len(names), device=device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
