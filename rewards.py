@@ -1,28 +1,40 @@
 """Reward models behind one signature: `reward(images, prompts) -> scores`.
 
-    reward = load_reward("clip:demo/clip", device)
+    reward = load_reward("pickscore=10,hpsv2=2,aesthetic=0.05", device)
     scores = reward(images, prompts)        # images (P, 3, H, W) float in [0, 1] -> (P,) float32
 
-A spec is one scorer or a weighted sum of several, "clip:demo/clip=10,jpeg_compressibility=0.05":
+A spec is one scorer or a weighted sum of several:
 
-    clip:PATH_OR_HUB_ID     cosine similarity of a transformers CLIP model, no logit scale
+    hpsv2, hpsv2.1          Human Preference Score v2.0 (the paper's) and v2.1, about 0.27
+    pickscore               PickScore v1, about 0.21
+    aesthetic               LAION aesthetic predictor, about 1..10; reads no prompt
+    clip:FOLDER_OR_HUB_ID   any transformers CLIP model
     jpeg_compressibility    minus the size of the quality-95 JPEG, kB; needs no weights
     jpeg_incompressibility  plus that size
     FILE.py:FUNCTION        your own: function(images, prompts) -> (P,) tensor
 
-A further model is a factory in FACTORIES, below; HPSv2, PickScore and LAION aesthetic will be.
+Preference scores and clip are cosine similarities, without CLIP's logit scale of 100. Weights come
+from the Hugging Face hub, or without a network from what follows a colon:
 
-Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. Each scorer's
-factory imports what only it needs: a run with one reward neither imports nor downloads others.
+    hpsv2:FILE_OR_FOLDER    HPS_v2_compressed.pt, for hpsv2.1 HPS_v2.1_compressed.pt
+    pickscore:FOLDER        yuvalkirstain/PickScore_v1 with the files of its CLIP processor
+    aesthetic:FOLDER        openai/clip-vit-large-patch14 with the predictor's .pth
+
+Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. They compute
+in float32 whatever the caller's autocast. Each one's factory imports what only it needs: a run with
+one reward neither imports nor downloads others. A further model is a factory in FACTORIES, below.
 """
 
+import contextlib
+import functools
 import importlib.util
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -65,7 +77,8 @@ class Reward:
 def load_reward(spec: str, device: torch.device | str) -> Reward:
     """Build the reward of a spec (see the module's docstring), its networks on `device`.
 
-    Raises ValueError for an unknown name, a missing file or function, or a weight not a number.
+    Raises ValueError for an unknown name, a weight that is not a number, or weights that are
+    missing, damaged, or of another network; it names the spec and what was found.
     """
     scorers, weights = {}, {}
     for part in spec.split(","):
@@ -89,27 +102,101 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
 # Factories: the scorer's part of the spec and a device -> scorer of (P, 3, H, W) uint8 images.
 
 
-class ClipScorer:
-    """Cosine similarity of image and text embeddings of a transformers CLIP model, in [-1, 1]."""
+def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
+    """A finetuned open_clip ViT-H-14 (Wu et al., 2023): "hpsv2" or "hpsv2.1", ":FILE_OR_FOLDER"."""
+    import open_clip
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
-    def __init__(self, spec: str, device: torch.device | str):
-        from transformers import CLIPModel, CLIPProcessor
+    version, _, local = spec.partition(":")
+    name = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}[version]
+    network = open_clip.create_model("ViT-H-14", pretrained=None)
+    with loading(spec, local or "xswu/HPSv2"):
+        file = Path(local) if local else download("xswu/HPSv2", name)
+        load_weights(network, file / name if file.is_dir() else file, "state_dict")
+    network.to(device).eval()
+    tokenizer = open_clip.get_tokenizer("ViT-H-14")
+    # The official code too resizes a tensor, but leaves antialias to torchvision: it was False by
+    # default before version 0.17, and scores differ by it. We fix what today's versions do.
+    size = network.visual.image_size
+    preprocess = Compose([Resize(size[0], InterpolationMode.BICUBIC, antialias=True),
+                          CenterCrop(size),
+                          Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)])
+    return cosine(lambda images: network.encode_image(preprocess(images / 255)),
+                  lambda prompt: network.encode_text(tokenizer(prompt).to(device)))
 
-        model = spec.partition(":")[2]
-        try:
-            self.model = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
-            self.processor = CLIPProcessor.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--reward {spec}: {model!r} is neither a folder of a CLIP model and "
-                             "its processor nor a hub id that can be reached "
-                             f"({str(error).splitlines()[0]})") from None
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+def load_clip(spec: str, device: torch.device | str) -> Scorer:
+    """A transformers CLIP: "clip:FOLDER_OR_HUB_ID", "pickscore" (Kirstain et al., 2023) or
+    "pickscore:FOLDER"."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    source = processor_source = spec.partition(":")[2]
+    if spec == "pickscore":
+        source = "yuvalkirstain/PickScore_v1"
+        processor_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    with loading(spec, source):
+        network = load_transformer(CLIPModel, source)
+    with loading(spec, processor_source):
+        processor = CLIPProcessor.from_pretrained(processor_source)
+    network.to(device)
+    longest = network.config.text_config.max_position_embeddings  # 77 tokens
+
+    def image_features(images: Tensor) -> Tensor:
         # uint8 images, because the processor divides by 255 whatever it is given.
-        inputs = self.processor(text=prompts, images=list(images), return_tensors="pt",
-                                padding=True, truncation=True)
-        output = self.model(**inputs.to(images.device))
-        return (output.image_embeds * output.text_embeds).sum(-1)
+        inputs = processor.image_processor(list(images), return_tensors="pt").to(device)
+        return network.visual_projection(network.vision_model(**inputs).pooler_output)
+
+    def text_features(prompt: str) -> Tensor:
+        inputs = processor.tokenizer(prompt, truncation=True, max_length=longest,
+                                     return_tensors="pt").to(device)
+        return network.text_projection(network.text_model(**inputs).pooler_output)
+
+    return cosine(image_features, text_features)
+
+
+def cosine(image_features: Callable[[Tensor], Tensor],
+           text_features: Callable[[str], Tensor]) -> Scorer:
+    """Cosine in [-1, 1] of the features (P, F) of images with those (1, F) of their prompts."""
+
+    @functools.lru_cache(maxsize=4096)  # encode a prompt once, not once for each of its images
+    def text_direction(prompt: str) -> Tensor:
+        return nn.functional.normalize(text_features(prompt), dim=-1)[0]
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        text_directions = torch.stack([text_direction(prompt) for prompt in prompts])  # (P, F)
+        return (nn.functional.normalize(image_features(images), dim=-1) * text_directions).sum(-1)
+
+    return score
+
+
+def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
+    """A regression of human ratings from CLIP image features: "aesthetic", "aesthetic:FOLDER"."""
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    local = spec.partition(":")[2]
+    source, head_source = (local or hub_id for hub_id in
+                           ("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"))
+    with loading(spec, source):
+        network = load_transformer(CLIPVisionModelWithProjection, source)
+        processor = CLIPImageProcessor.from_pretrained(source)
+
+    widths = itertools.pairwise([network.config.projection_dim, 1024, 128, 64, 16, 1])
+    one, two, three, *rest = (nn.Linear(*pair) for pair in widths)
+    dropout = nn.Identity()  # three of them; without training they only count in the weights' names
+    layers = nn.Sequential(one, dropout, two, dropout, three, dropout, *rest)  # no activations
+    head = nn.ModuleDict({"layers": layers})
+    with loading(spec, head_source):
+        name = "aesthetic-model.pth"
+        load_weights(head, next(Path(local).glob("*.pth"), Path(local) / name) if local
+                     else download(head_source, name))
+    network.to(device)
+    head.to(device)
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        features = network(**processor(list(images), return_tensors="pt").to(device)).image_embeds
+        return layers(nn.functional.normalize(features, dim=-1)).squeeze(-1)
+
+    return score
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
@@ -138,7 +225,57 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
 
 
 FACTORIES = {
-    "clip": ClipScorer,
+    "hpsv2": load_hpsv2,
+    "hpsv2.1": load_hpsv2,
+    "pickscore": load_clip,
+    "aesthetic": load_aesthetic,
+    "clip": load_clip,
     "jpeg_compressibility": lambda spec, device: lambda images, prompts: -jpeg_kilobytes(images),
     "jpeg_incompressibility": lambda spec, device: lambda images, prompts: jpeg_kilobytes(images),
 }
+
+
+# Weights: from the hub or from disk, never by running code that is in a file.
+
+
+@contextlib.contextmanager
+def loading(spec: str, source: str) -> Iterator[None]:
+    """Turn what the hub, a damaged file or a pickle with code in it can raise into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"--reward {spec}: {source} cannot be loaded ({cause})"
+        if not Path(source).exists():
+            reason += (f"; without a network give a local copy, as in {spec.partition(':')[0]}:"
+                       "PATH, or point HF_HOME at a cache that holds it")
+        raise ValueError(reason) from error
+
+
+def download(repository: str, name: str) -> Path:
+    """A file of a hub repository, from the cache if it is there."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, name))
+
+
+def load_transformer(loader: type, source: str) -> nn.Module:
+    """loader.from_pretrained(source) in float32 and eval mode, without a weight made up."""
+    network, report = loader.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    for misfit in sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
+        raise ValueError(f"it does not fit {loader.__name__}: {misfit}")
+    return network.eval()
+
+
+def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:
+    """A pickled state_dict, or that at a key of a pickled dict, of just this network's shapes."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state if key is None else state[key]
+    wanted, found = ({name: tuple(weight.shape) for name, weight in weights.items()}
+                     for weights in (network.state_dict(), state))
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name, 'missing')} in {file} and "
+                             f"{wanted.get(name, 'missing')} in the network")
+    network.load_state_dict(state)
