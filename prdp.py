@@ -63,7 +63,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -79,6 +79,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from prompts.sets import NAMES, prompt_file
 from rewards import Reward, load_reward
 
 # ---------------------------------------------------------------------------------------- §1 Config
@@ -96,7 +97,8 @@ class Config:
     preset: Literal["small", "large", "multi", "demo"] = HfArg(
         default="small", help="where defaults come from: a column of Table 4, or the demo")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
-    prompts: str = HfArg(default="prompts/animals.txt", help="text file, one prompt a line")
+    prompts: str = HfArg(default="prompts/animals.txt", help="text file, one prompt a line, or a "
+                         "name in prompts/sets.py; with --evaluate several, commas between")
     prompt_template: str = HfArg(
         default="A painting of a {}", help="around each line; {} alone with your own --prompts")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
@@ -116,6 +118,8 @@ class Config:
     learning_rate: float = HfArg(default=1e-5, help="of AdamW")
     weight_decay: float = HfArg(default=1e-4, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
+    lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
@@ -149,7 +153,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
         config.run = f"runs/{config.preset}-{'+'.join(Path(scorer).name for scorer in scorers)}"
 
-    least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12}
+    least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
+             "lora_rank": 0}
     least |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
                             "micro_batch_size", "samples_per_prompt"), 1)
     for name, bound in least.items():
@@ -230,6 +235,16 @@ class Policy:
                                    self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
 
+    def in_use(self) -> contextlib.AbstractContextManager:
+        """Where the UNet computes without a graph; `Reference` makes itself ready here."""
+        return contextlib.nullcontext()
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
+        return {name: weight for name, weight in self.unet.named_parameters()
+                if weight.requires_grad}
+
 
 def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
                         micro_batch_size: int) -> tuple[Tensor, Tensor]:
@@ -254,7 +269,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     """
     timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    with mixed_precision(latents.device):
+    with policy.in_use(), mixed_precision(latents.device):
         for images in micro_batches(len(latents), micro_batch_size, "denoising"):
             x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
             for i, t in enumerate(timesteps):
@@ -402,9 +417,10 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         loss = objective(config, log_probs.requires_grad_(), trajectories)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
         backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
-        average_gradients(policy.unet)
+        weights = list(policy.trained.values())
+        average_gradients(weights)
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"update {k + 1} of {config.updates_per_epoch} has the gradient norm "
                              f"{grad_norm}; its step was not taken. Lower --learning_rate?")
@@ -476,12 +492,26 @@ class Models:
         return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
-def load_models(config: Config, device: torch.device) -> Models:
-    """The reward, the pretrained model as the reference, and a copy of it as the policy."""
+class Reference(Policy):
+    """pi_ref, the pretrained model: a copy that is on the GPU only while it computes, or with LoRA
+    the policy's own UNet with its adapters off."""
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        has_adapters = hasattr(self.unet, "peft_config")
+        self.unet.disable_adapters() if has_adapters else self.unet.to(self.negative_embeds.device)
+        yield
+        self.unet.enable_adapters() if has_adapters else self.unet.to("cpu")
+
+
+def load_models(config: Config, device: torch.device, finetuned: Path | None = None) -> Models:
+    """The reward, the pretrained model as the reference, and as the policy a copy of it that can
+    learn, or the weights that a run left in the folder `finetuned`."""
     reward = load_reward(config.reward, device)
     pipeline = load_pipeline(config.model).to(device)
     for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         frozen.eval().requires_grad_(False)
+    pipeline.vae.enable_slicing()  # decode image by image: at 512 x 512 one takes over 1 GiB
     # Only its noise schedule and timesteps are used; `ddim_mean_std` is the step.
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -490,35 +520,65 @@ def load_models(config: Config, device: torch.device) -> Models:
     scheduler.set_timesteps(config.num_steps)
     with torch.no_grad():
         negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
-    reference = Policy(pipeline.unet, scheduler, negative_embeds, config.guidance_scale)
-    policy = replace(reference, unet=copy.deepcopy(reference.unet).requires_grad_(True))
+
+    if config.lora_rank:
+        unet = add_lora(pipeline, config, finetuned)
+    elif finetuned:
+        unet = UNet2DConditionModel.from_pretrained(finetuned / "unet").to(device).eval()
+    else:
+        unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    policy, reference = (kind(kind_unet, scheduler, negative_embeds, config.guidance_scale)
+                         for kind, kind_unet in ((Policy, unet), (Reference, pipeline.unet)))
     return Models(policy, reference, pipeline, reward)
+
+
+def add_lora(pipeline: StableDiffusionPipeline, config: Config,
+             finetuned: Path | None) -> UNet2DConditionModel:
+    """The pipeline's UNet with LoRA adapters on its attention, new ones or those of a run."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("--lora_rank needs the package peft: pip install peft") from None
+    if finetuned:
+        pipeline.load_lora_weights(finetuned / "lora")
+        return pipeline.unet
+    torch.manual_seed(config.seed)  # the same adapters in every process
+    pipeline.unet.add_adapter(LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return pipeline.unet
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images."""
     try:
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
-        if kind == "StableDiffusionPipeline":
-            return StableDiffusionPipeline.from_pretrained(
-                model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"--model {model} is a {kind}; only StableDiffusionPipeline, that is "
+                             "Stable Diffusion v1 and v2, is supported")
+        options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+        try:
+            return StableDiffusionPipeline.from_pretrained(model, **options)
+        except OSError:  # a copy may hold the half-precision files alone
+            return StableDiffusionPipeline.from_pretrained(model, variant="fp16", **options)
     except OSError as error:
         raise ValueError(f"--model {model}: no pipeline could be loaded from a folder or hub id of "
-                         "that name; without a network, give a local folder "
-                         f"({str(error).splitlines()[0]})") from None
-    raise ValueError(f"--model {model} is a {kind}; only StableDiffusionPipeline, that is Stable "
-                     "Diffusion v1 and v2, is supported")
+                         "that name; without a network, give a local folder, or point HF_HOME at a "
+                         f"cache that holds it ({str(error).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
 
 
 def read_prompts(file: str, template: str) -> list[str]:
-    """The file's distinct lines in their order, each put into the template."""
+    """The distinct lines of a file or a named set in their order, each put into the template."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = (prompt_file(file) if file in NAMES else Path(file)).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error})") from None
+        raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error}), and not one "
+                         f"of the sets {', '.join(NAMES)}") from None
     filled = [line.strip() for line in lines if line.strip()]
     prompts = [template.replace("{}", line) for line in dict.fromkeys(filled)]
     if not prompts:
@@ -529,12 +589,11 @@ def read_prompts(file: str, template: str) -> list[str]:
 
 
 def report_long_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say once how many prompts the text encoder will not read to their end."""
+    """Say how many of the prompts, or of a sample, the text encoder will not read to their end."""
+    sample = random.Random(0).sample(prompts, min(len(prompts), 1000))
     limit = tokenizer.model_max_length
-    # A token is a byte at least, and two tokens mark the ends: the shorter prompts must fit.
-    candidates = [prompt for prompt in prompts if len(prompt.encode()) > limit - 2] or [""]
-    if long := sum(len(ids) > limit for ids in tokenizer(candidates).input_ids):
-        say(f"{long} of {len(prompts)} prompts are longer than {limit} tokens and are cut there")
+    if long := sum(len(ids) > limit for ids in tokenizer(sample).input_ids):
+        say(f"{long} of {len(sample)} prompts are longer than {limit} tokens and are cut there")
 
 
 def draw_prompts(prompts: list[str], count: int, key: str) -> list[str]:
@@ -584,9 +643,20 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def average_gradients(module: torch.nn.Module) -> None:
+@contextlib.contextmanager
+def first_of_each_machine_first() -> Iterator[None]:
+    """The block runs in one process of a machine and then in its others: one fills the caches."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Average .grad over processes, once an update; DDP would at each of thousands of backwards."""
-    for parameter in module.parameters():
+    for parameter in parameters:
         if parameter.grad is None:  # this process had no pair with a gradient
             parameter.grad = torch.zeros_like(parameter)
         if world_size() > 1:
@@ -648,17 +718,31 @@ class Run:
                         metrics: list[dict]) -> None:
         """All that the next epoch needs, in place of the checkpoint before."""
         with self.replacing(f"checkpoints/epoch_{len(metrics):06}.pt") as file:
-            torch.save({"metrics": metrics, "unet": policy.unet.state_dict(),
+            weights = {name: weight.detach() for name, weight in policy.trained.items()}
+            torch.save({"metrics": metrics, "unet": weights,
                         "optimizer": optimizer.state_dict()}, file)
         for superseded in self.checkpoints()[:-1]:
             superseded.unlink()
+
+    def save_weights(self, policy: Policy) -> None:
+        """unet/, or with LoRA lora/, as diffusers loads them."""
+        if not hasattr(policy.unet, "peft_config"):
+            with self.replacing("unet") as folder:
+                policy.unet.save_pretrained(folder)
+        else:
+            from peft import get_peft_model_state_dict
+
+            with self.replacing("lora") as folder:
+                StableDiffusionPipeline.save_lora_weights(
+                    folder, get_peft_model_state_dict(policy.unet))
 
     def load_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer) -> list[dict]:
         """Go on from the newest checkpoint, if there is one; returns the metrics of its epochs."""
         if not self.checkpoints():
             return []
         state = torch.load(self.checkpoints()[-1], map_location="cpu", mmap=True, weights_only=True)
-        policy.unet.load_state_dict(state["unet"])
+        for name, weight in policy.trained.items():
+            weight.data.copy_(state["unet"][name])
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {self.folder} after epoch {len(state['metrics'])}")
         return state["metrics"]
@@ -732,12 +816,14 @@ def train(config: Config, device: torch.device) -> None:
                          f"{world_size()} processes; change one of the two")
     run = Run(config.run)
     run.claim(config)
-    prompts = read_prompts(config.prompts, config.prompt_template)
-    models = load_models(config, device)
+    with first_of_each_machine_first():
+        prompts = read_prompts(config.prompts, config.prompt_template)
+        models = load_models(config, device)
     report_long_prompts(prompts, models.pipeline.tokenizer)
     policy = models.policy
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate,
-                                  weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.trained.values(), config.learning_rate,
+                                  weight_decay=config.weight_decay,
+                                  fused=device.type == "cuda")  # without temporary copies
     metrics = run.load_checkpoint(policy, optimizer)
     epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
     if len(set(epochs_done)) > 1 or epochs_done[0] > config.num_epochs:
@@ -762,9 +848,8 @@ def train(config: Config, device: torch.device) -> None:
     if rank() == 0:
         name = f"samples/epoch_{config.num_epochs:04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
-        with run.replacing("unet") as folder:
-            policy.unet.save_pretrained(folder)
-    say(f"{run.folder}/unet is finished; to judge it: python prdp.py --evaluate {run.folder}")
+        run.save_weights(policy)
+    say(f"{run.folder} is finished; to judge it: python prdp.py --evaluate {run.folder}")
 
 
 def draw_latents(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
@@ -797,20 +882,32 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
 
 
 def evaluate(config: Config, device: torch.device) -> None:
-    """Base against finetuned from the same noise: a table, its json and a picture, in the run."""
-    run, count = Run(config.evaluate), config.samples_per_prompt
-    if not (run.folder / "unet").is_dir():
+    """Base against finetuned from the same noise, on one prompt set after the other."""
+    run = Run(config.evaluate)
+    if not any((run.folder / weights).is_dir() for weights in ("unet", "lora")):
         raise ValueError(f"--evaluate {run.folder}: no unet/; its own command finishes the run")
-    prompts = read_prompts(config.prompts, config.prompt_template)
-    models = load_models(config, device)
-    models.policy.unet = UNet2DConditionModel.from_pretrained(run.folder / "unet").to(device).eval()
+    with first_of_each_machine_first():
+        prompt_sets = {name: read_prompts(name, config.prompt_template)
+                       for name in config.prompts.split(",")}
+        models = load_models(config, device, run.folder)
     policies = {"base": models.reference, "finetuned": models.policy}
+    for name, prompts in prompt_sets.items():
+        results = compare(config, models, policies, prompts)
+        if rank() == 0:
+            file = f"evaluation-{Path(name).stem}"
+            save_grid(config, models, policies, prompts, run, f"{file}.png")
+            run.write_json(f"{file}.json", {"config": asdict(config), "prompts": name,
+                                            "results": results})
 
-    names = list(models.reward.weights)
+
+def compare(config: Config, models: Models, policies: dict[str, Policy],
+            prompts: list[str]) -> dict[str, dict]:
+    """A table of every reward: each policy's mean over the prompts, and its standard error."""
+    count, names = config.samples_per_prompt, list(models.reward.weights)
     if len(names) > 1:
         names.append("weighted sum")
     share = math.ceil(len(prompts) / world_size())
-    scores = torch.zeros(share, 2, count, len(names), device=device)
+    scores = torch.zeros(share, 2, count, len(names), device=models.pipeline.device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
         for i, policy in enumerate(policies.values()):
             latents = draw_latents(config, models, policy, prompts, index, count)
@@ -831,10 +928,7 @@ def evaluate(config: Config, device: torch.device) -> None:
         improved = (finetuned > base).double().mean().item()
         say(f"{name:<24}{cells}{improved:.1%}")
         results[name] = result | {"prompts_improved": improved}
-    if rank() == 0:
-        name = f"evaluation-{Path(config.prompts).stem}"
-        save_grid(config, models, policies, prompts, run, f"{name}.png")
-        run.write_json(f"{name}.json", {"config": asdict(config), "results": results})
+    return results
 
 
 def main() -> None:
@@ -845,7 +939,10 @@ def main() -> None:
     try:
         config = parse_config()
         evaluate(config, device) if config.evaluate else train(config, device)
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = (f"{device} is out of memory; lower --micro_batch_size (it is "
+                     f"{config.micro_batch_size}), or add --gradient_checkpointing or --lora_rank")
         time.sleep(5 * (rank() > 0))  # what all processes meet is told by the first, which ends all
         sys.exit(f"prdp.py: error: {error}")
     if dist.is_initialized():

@@ -105,23 +105,30 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
 def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
     """A finetuned open_clip ViT-H-14 (Wu et al., 2023): "hpsv2" or "hpsv2.1", ":FILE_OR_FOLDER"."""
     import open_clip
-    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as vision
 
     version, _, local = spec.partition(":")
     name = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}[version]
-    network = open_clip.create_model("ViT-H-14", pretrained=None)
     with loading(spec, local or "xswu/HPSv2"):
         file = Path(local) if local else download("xswu/HPSv2", name)
+        network = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
         load_weights(network, file / name if file.is_dir() else file, "state_dict")
     network.to(device).eval()
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
-    # The official code too resizes a tensor, but leaves antialias to torchvision: it was False by
-    # default before version 0.17, and scores differ by it. We fix what today's versions do.
-    size = network.visual.image_size
-    preprocess = Compose([Resize(size[0], InterpolationMode.BICUBIC, antialias=True),
-                          CenterCrop(size),
-                          Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)])
-    return cosine(lambda images: network.encode_image(preprocess(images / 255)),
+
+    def image_features(images: Tensor) -> Tensor:
+        # The longer side is resized to 224 and the shorter padded with black, as in the official
+        # code; that leaves antialias to torchvision, whose default was False before version 0.17.
+        # Scores differ by it: we fix what today's versions do.
+        size = network.visual.image_size  # 224, 224
+        sides = [round(side * size[0] / max(images.shape[-2:])) for side in images.shape[-2:]]
+        images = vision.resize(images / 255, sides, InterpolationMode.BICUBIC, antialias=True)
+        images = vision.center_crop(images, size)  # pads, as no side is longer
+        return network.encode_image(vision.normalize(
+            images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+
+    return cosine(image_features,
                   lambda prompt: network.encode_text(tokenizer(prompt).to(device)))
 
 

@@ -1,6 +1,8 @@
 """PRDP against closed forms, plain loops, torch.distributions, diffusers and plain autograd."""
 
+import ast
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -10,22 +12,41 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here must be missed at once
+import open_clip
+import pyarrow.parquet
+import safetensors.torch
 import torch
-from diffusers import DDIMScheduler
+import torchvision
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
 
 import prdp
+import prompts.sets
 from prdp import Config, Policy
 from rewards import Reward, load_reward
 
+with warnings.catch_warnings():  # the mark is registered nowhere: it would take a file of its own
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
 ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 SD_SCHEDULE = dict(
@@ -51,8 +72,10 @@ DEMO = [
 
 
 @pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
+def in_the_repository(request, monkeypatch):
     monkeypatch.chdir(ROOT)
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("pytest -m slow")
 
 
 @pytest.fixture
@@ -365,13 +388,13 @@ def test_guidance_is_linear_between_the_two_predictions(demo_models):
 
 def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torch.Tensor:
     """d loss / d weights, by two passes, or without a micro-batch size by plain autograd."""
-    policy = prdp.replace(
+    policy = replace(
         policy,
         unet=copy.deepcopy(policy.unet).to(dtype),
         negative_embeds=policy.negative_embeds.to(dtype),
     )
     embeds, latents = trajectories.prompt_embeds.to(dtype), trajectories.latents.to(dtype)
-    trajectories = prdp.replace(trajectories, prompt_embeds=embeds, latents=latents)
+    trajectories = replace(trajectories, prompt_embeds=embeds, latents=latents)
     if micro_batch_size is None:
         steps = []
         for i, t in enumerate(policy.scheduler.timesteps):
@@ -465,7 +488,7 @@ def without_measurements(metrics: list[dict]) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return prdp.UNet2DConditionModel.from_pretrained(run / "unet").state_dict()
+    return UNet2DConditionModel.from_pretrained(run / "unet").state_dict()
 
 
 def test_a_stopped_run_continues_to_the_bit_identical_end(tmp_path):
@@ -504,7 +527,9 @@ def test_two_processes_see_the_same_draws_and_follow_the_same_curve(tmp_path):
     )
     for processes in (1, 2):
         launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
+        # A low learning rate: Adam's first step makes a whole step of a gradient that is rounding.
         flags = demo_flags(tmp_path / f"world{processes}", "--num_epochs", "2")
+        flags += ["--learning_rate", "2e-5"]
         command = [sys.executable, *launch, str(script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=150)
@@ -536,15 +561,165 @@ def test_each_of_the_papers_comparisons_is_one_flag(tmp_path, flags):
     assert (metrics[1]["kl"] is None) == ("inf" not in flags)
 
 
-def test_a_v_prediction_model_trains_and_scores_like_its_sampler(tmp_path):
-    shutil.copytree("demo/model", tmp_path / "v")
-    config = tmp_path / "v/scheduler/scheduler_config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"})
+def save_pipeline(folder: Path, unet: dict, text: dict, vae: dict | None = None, **schedule):
+    """A Stable Diffusion of the given shapes with random weights, the rest from the demo's."""
+    demo = prdp.load_pipeline("demo/model")
+    demo.tokenizer.model_max_length = text["max_position_embeddings"]
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**vae) if vae else demo.vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        tokenizer=demo.tokenizer,
+        unet=UNet2DConditionModel(**unet),
+        scheduler=DDIMScheduler(**SD_SCHEDULE, **schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def test_a_model_built_like_stable_diffusion_2_trains_and_scores_like_its_sampler(tmp_path):
+    """v prediction, a wide text encoder with gelu, linear projections, heads of equal width."""
+    unet = dict(
+        sample_size=6,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=48,
+        use_linear_projection=True,
+        norm_num_groups=8,
     )
-    train(tmp_path / "run", "--num_epochs", "1", "--model", str(tmp_path / "v"))
-    assert read_metrics(tmp_path / "run")[0]["kl"] == 0
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    text = dict(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        max_position_embeddings=16,
+    )
+    save_pipeline(tmp_path / "v2", unet, text, prediction_type="v_prediction")
+    run = tmp_path / "run"
+    train(run, "--num_epochs", "1", "--model", str(tmp_path / "v2"), "--gradient_checkpointing")
+    metrics = read_metrics(run)[0]
+    assert metrics["kl"] == 0 and metrics["grad_norm"] > 0
+    before = UNet2DConditionModel.from_pretrained(tmp_path / "v2/unet").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(run).items())
+    assert all(value.isfinite().all() for value in weights(run).values())
+
+
+def test_a_copy_that_holds_only_half_precision_files_loads_in_float32(tmp_path):
+    pipeline = prdp.load_pipeline("demo/model")
+    expected = {k: v.half().float() for k, v in pipeline.unet.state_dict().items()}
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half/unet").glob("diffusion_pytorch_model.safetensors"))
+    loaded = prdp.load_pipeline(str(tmp_path / "half")).unet.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(tmp_path):
+    train(tmp_path / "run", "--num_epochs", "1", "--learning_rate", "1e-3")
+    config = prdp.parse_config(["--evaluate", str(tmp_path / "run"), "--num_steps", "6"])
+    models = prdp.load_models(config, CPU, tmp_path / "run")
+    prompt, (C, H, W) = "A painting of a cat", models.latent_shape
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.cat([torch.randn(1, C, H, W, generator=generator) for _ in range(7)])[None]
+    embeds = models.encode_prompts([prompt])
+    latents, _ = prdp.sample_trajectories(models.policy, embeds, noise, 1)
+    ours = models.decode(latents[:, -1])
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        "demo/model",
+        unet=UNet2DConditionModel.from_pretrained(tmp_path / "run/unet"),
+        safety_checker=None,
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    generator.manual_seed(0)  # which draws x_T, and then every step's noise
+    theirs = pipeline(
+        prompt,
+        num_inference_steps=6,
+        guidance_scale=config.guidance_scale,
+        eta=1.0,
+        generator=generator,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    train(tmp_path / "plain", "--num_epochs", "1")
+    train(tmp_path / "checkpointing", "--num_epochs", "1", "--gradient_checkpointing")
+    plain, checkpointing = weights(tmp_path / "plain"), weights(tmp_path / "checkpointing")
+    assert all(torch.equal(checkpointing[name], value) for name, value in plain.items())
+
+
+def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(tmp_path):
+    flags = ["--lora_rank", "2", "--learning_rate", "1e-2", "--updates_per_epoch", "2"]
+    train(tmp_path / "whole", "--num_epochs", "2", *flags)
+    train(tmp_path / "run", "--num_epochs", "1", *flags)
+    train(tmp_path / "run", "--num_epochs", "2", *flags)
+    whole, stopped = (without_measurements(read_metrics(tmp_path / r)) for r in ("whole", "run"))
+    assert whole == stopped and stopped[0]["kl"] == 0 != stopped[1]["kl"]
+    adapters = "lora/pytorch_lora_weights.safetensors"
+    assert (tmp_path / "whole" / adapters).read_bytes() == (
+        tmp_path / "run" / adapters
+    ).read_bytes()
+    assert (tmp_path / "run/checkpoints/epoch_000002.pt").stat().st_size < 1e6
+
+    config = prdp.parse_config(["--evaluate", str(tmp_path / "run"), "--samples_per_prompt", "2"])
+    models = prdp.load_models(config, CPU, tmp_path / "run")
+    untouched = replace(models.policy, unet=prdp.load_pipeline("demo/model").unet)
+    embeds = models.encode_prompts(["A painting of a cat", "A painting of a bat"])
+    noise = torch.randn(2, config.num_steps + 1, *models.latent_shape)
+    latents, log_probs = prdp.sample_trajectories(models.policy, embeds, noise, 5)
+    expected = prdp.trajectory_log_probs(untouched, embeds, latents, 5)
+    assert torch.equal(prdp.trajectory_log_probs(models.reference, embeds, latents, 5), expected)
+    assert torch.equal(prdp.trajectory_log_probs(models.policy, embeds, latents, 5), log_probs)
+    assert not torch.isclose(log_probs, expected, atol=1e-5).all()
+
+    pipeline = prdp.load_pipeline("demo/model")
+    pipeline.load_lora_weights(tmp_path / "run/lora")
+    loaded = replace(models.policy, unet=pipeline.unet)
+    assert torch.equal(prdp.trajectory_log_probs(loaded, embeds, latents, 5), log_probs)
+    prdp.evaluate(config, CPU)
+    assert (tmp_path / "run/evaluation-two.json").exists()
+
+
+@slow
+def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
+    """860 million random weights, latents of 16 x 16: 20 GB of memory and of disk, 10 minutes."""
+    vae = dict(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    text = dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+    )
+    unet = dict(sample_size=16, cross_attention_dim=768, attention_head_dim=8)
+    save_pipeline(tmp_path / "sd", unet, text, vae)
+    flags = demo_flags(tmp_path / "run", "--num_epochs", "1", "--model", str(tmp_path / "sd"))
+    flags += "--images_per_prompt 2 --num_steps 2 --micro_batch_size 2".split()
+    flags += "--reward jpeg_compressibility --learning_rate 1e-5".split()
+    for _ in range(2):  # the second finds the checkpoint and only writes unet/ again
+        subprocess.run([sys.executable, "prdp.py", *flags], check=True)
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[0]["kl"] == 0 and metrics[0]["grad_norm"] > 0
+    print(metrics)
+    saved = torch.load(tmp_path / "run/checkpoints/epoch_000001.pt", mmap=True)["unet"]
+    before = UNet2DConditionModel.from_pretrained(tmp_path / "sd/unet").state_dict()
+    assert sum(value.numel() for value in saved.values()) == 859_520_964
+    moved = [not torch.equal(value, before[name]) for name, value in saved.items()]
+    assert sum(moved) > 0.9 * len(moved)
+    assert all(torch.equal(value, saved[name]) for name, value in weights(tmp_path / "run").items())
 
 
 def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, capsys):
@@ -578,6 +753,81 @@ def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_pa
     assert len(prdp.read_prompts("prompts/animals.txt", "{}")) == 45
 
 
+def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypatch, capsys):
+    """Files in the formats of the datasets, in place of those."""
+    hub = tmp_path / "hub"
+    for folder in ("benchmark", "data"):
+        (hub / folder).mkdir(parents=True)
+    train = [{"prompt": f"p{i // 2}", "image_path": ["a.jpg"]} for i in range(1200)]
+    train[0] = {"prompt": "  two\n lines "}
+    (hub / "train.json").write_text(json.dumps(train))
+    (hub / "benchmark/paintings.json").write_text(json.dumps(["ä", "", "b", "ä"]))
+    (hub / "PartiPrompts.tsv").write_text('Prompt\tCategory\n"A" sign\tArts\na "b"\t\n')
+    for part, captions in enumerate((["x", "y"], ["y", "z"])):
+        table = pyarrow.table({"caption": captions, "jpg": [b"", b""]})
+        pyarrow.parquet.write_table(table, hub / f"data/train-0000{part}-of-00002-f00.parquet")
+    asked = []
+
+    def snapshot_download(dataset, repo_type, allow_patterns):
+        asked.append((dataset, repo_type, allow_patterns))
+        return str(hub)
+
+    monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prompts.sets, "snapshot_download", snapshot_download)
+    hpdv2 = prdp.read_prompts("hpdv2", "{}")
+    assert hpdv2 == ["two lines", *(f"p{i}" for i in range(600))]
+    assert prdp.read_prompts("hpdv2-painting", "{}") == ["ä", "b"]
+    assert prdp.read_prompts("partiprompts", "{}") == ['"A" sign', 'a "b"']
+    assert prdp.read_prompts("pickapic", "{}") == ["x", "y", "z"]
+    assert len(asked) == 4 and asked[0] == ("ymhao/HPDv2", "dataset", "train.json")
+    sample = prdp.read_prompts("hpdv2-500", "{}")
+    assert len(set(sample)) == 500 and set(sample) <= set(hpdv2)
+    prdp.read_prompts("hpdv2", "{}")
+    assert len(asked) == 4  # kept
+
+    monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-painting", str(tmp_path / "copy.txt")])
+    prompts.sets.main()
+    assert prdp.read_prompts(str(tmp_path / "copy.txt"), "{}") == ["ä", "b"]
+    with pytest.raises(ValueError, match=r"zhwang/HPDv2 cannot be had .*no benchmark/anime.json"):
+        prdp.read_prompts("hpdv2-animation", "{}")
+
+
+def test_200_000_prompts_are_read_quickly_and_drawn_alike_by_every_process(tmp_path):
+    subjects = [f"{a} {b}" for a in ("red", "old", "tiny", "sad") for b in ("fox", "car", "hat")]
+    (tmp_path / "many.txt").write_text(
+        "".join(
+            f"{subjects[i % 12]} number {i}, oil on canvas, soft light{', detailed' * (i % 9)}\n"
+            for i in range(200_000)
+        )
+    )
+    (tmp_path / "draw.py").write_text(
+        "import resource, sys, time, prdp\n"
+        "tokenizer = prdp.load_pipeline('demo/model').tokenizer\n"
+        "tokenizer.model_max_length = 77\n"
+        "prdp.start_distributed()\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, started = peak(), time.perf_counter()\n"
+        "prompts = prdp.read_prompts(sys.argv[1], '{}')\n"
+        "prdp.report_long_prompts(prompts, tokenizer)\n"
+        "seconds, mib = time.perf_counter() - started, peak() - before\n"
+        "drawn = [prdp.draw_prompts(prompts, 64, f'0/{epoch}') for epoch in range(3)]\n"
+        "with open(f'{sys.argv[1]}.{prdp.world_size()}.{prdp.rank()}', 'w') as file:\n"
+        "    file.write(repr((seconds, mib, drawn)))\n"
+    )
+    results = []
+    for processes in (1, 2):
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
+        command = [sys.executable, *launch, tmp_path / "draw.py", tmp_path / "many.txt"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=100)
+        for rank in range(processes):
+            file = tmp_path / f"many.txt.{processes}.{rank}"
+            results.append(ast.literal_eval(file.read_text()))
+    print("seconds and MiB", [result[:2] for result in results])
+    assert results[0][2] == results[1][2] == results[2][2]
+    assert results[0][0] < 5 and results[0][1] < 200
+
+
 def test_long_prompts_are_counted_and_cut(demo_models, capsys):
     long = "A painting of a cat " * 20
     prdp.report_long_prompts(["A painting of a cat", long], demo_models.pipeline.tokenizer)
@@ -594,24 +844,264 @@ def test_draws_are_functions_of_their_key():
     assert not torch.equal(prdp.draw_noise("a", 3, (4, 8, 8)), prdp.draw_noise("b", 3, (4, 8, 8)))
 
 
-def test_clip_reward_is_the_cosine_that_transformers_gives_for_the_saved_picture(tmp_path):
-    from transformers import CLIPModel, CLIPProcessor
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+    },
+}
+PROMPTS = ["a cat", "a bat in a hat", "a " + "very " * 90 + "long prompt"]
 
-    images, prompts = torch.rand(2, 3, 48, 48), ["A painting of a cat", "A painting of a bat"]
-    model, processor = (
-        CLIPModel.from_pretrained("demo/clip"),
-        CLIPProcessor.from_pretrained("demo/clip"),
+
+def pictures(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    """Smooth pictures (3, H, W) with a bit of noise, in multiples of 1/255."""
+    torch.manual_seed(0)
+    smooth = [torch.rand(1, 3, 4, 4) for _ in sizes]
+    smooth = [
+        torch.nn.functional.interpolate(image, size, mode="bicubic")[0]
+        for image, size in zip(smooth, sizes, strict=True)
+    ]
+    noisy = [(image + 0.1 * torch.randn_like(image)).clamp(0, 1) for image in smooth]
+    return [(image * 255).round() / 255 for image in noisy]
+
+
+def pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.fixture
+def official_hpsv2(tmp_path, monkeypatch):
+    """The scoring module of the package hpsv2.
+
+    Its wheel lacks the tokenizer's vocabulary, which open_clip has, and it imports a progress bar
+    for the downloads, which no test makes.
+    """
+    package = importlib.util.find_spec("hpsv2")
+    if package is None:
+        pytest.skip("pip install --no-deps hpsv2==1.2.0")
+    shutil.copytree(Path(package.origin).parent, tmp_path / "hpsv2")
+    vocabulary = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    shutil.copy(vocabulary, tmp_path / "hpsv2/src/open_clip")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("clint", "clint.textui"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(progress=None))
+    yield importlib.import_module("hpsv2.img_score")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "hpsv2"]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("ViT-H-14", marks=slow)])
+def test_hpsv2_is_the_official_packages_score(tmp_path, monkeypatch, official_hpsv2, size):
+    if size == "tiny":
+        theirs = importlib.import_module("hpsv2.src.open_clip.factory")
+        for factory in (theirs, open_clip.factory):
+            monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-H-14", TINY_CLIP)
+    torch.manual_seed(0)
+    options = dict(precision="amp", light_augmentation=True, output_dict=True)  # as the package's
+    network, _, preprocess = official_hpsv2.create_model_and_transforms("ViT-H-14", None, **options)
+    file = tmp_path / "HPS_v2_compressed.pt"
+    torch.save({"state_dict": {k: v.half() for k, v in network.state_dict().items()}}, file)
+    official_hpsv2.model_dict.update(model=network, preprocess_val=preprocess)
+
+    sizes = (64, 64), (32, 32), (48, 30), (30, 61), (224, 224), (90, 250), (512, 512), (768, 512)
+    images = pictures(*sizes)
+    files = [pil(image) for image in images]
+    expected = [official_hpsv2.score(files, prompt, cp=file) for prompt in PROMPTS]
+    # By torchvision's default before 0.17 the same package had no antialiasing in its resize.
+    resize = torchvision.transforms.functional.resize
+    without = partial(resize, antialias=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torchvision.transforms.functional, "resize", without)
+        older = official_hpsv2.score(files, PROMPTS[0], cp=file)
+    official_hpsv2.model_dict.clear()
+    del network
+
+    reward = load_reward(f"hpsv2:{tmp_path if size == 'tiny' else file}", CPU)
+    for prompt, scores in zip(PROMPTS, expected, strict=True):
+        actual = [reward(image[None], [prompt]).item() for image in images]
+        print("largest difference", max(abs(a - b) for a, b in zip(actual, scores, strict=True)))
+        assert actual == pytest.approx(scores, rel=0, abs=1e-5)
+    differences = [abs(a - b) for a, b in zip(older, expected[0], strict=True)]
+    print("without antialiasing", differences)
+    assert differences[1 if size == "tiny" else 4] == 0  # 32 x 32, 224 x 224: as large as needed
+    assert max(differences) > 1e-4
+
+
+def save_clip(folder: Path, size: str) -> None:
+    """A transformers CLIP with random weights and the demo's tokenizer, or as "tiny" the demo's."""
+    shutil.copytree("demo/clip", folder)
+    if size == "tiny":
+        return
+    sides = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision, text, width = {
+        "ViT-L-14": ((1024, 4096, 24, 16), (768, 3072, 12, 12), 768),
+        "ViT-H-14": ((1280, 5120, 32, 16), (1024, 4096, 24, 16), 1024),
+    }[size]
+    vision = dict(zip(sides, vision, strict=True), patch_size=14, projection_dim=width)
+    text = dict(zip(sides, text, strict=True), projection_dim=width)
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
+    ).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("clip", "tiny"), ("pickscore", "tiny"), pytest.param("pickscore", "ViT-H-14", marks=slow)],
+)
+def test_clip_and_pickscore_are_the_cosine_that_pickscores_authors_compute(tmp_path, name, size):
+    save_clip(tmp_path / "clip", size)
+    network = CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    processor = CLIPProcessor.from_pretrained(tmp_path / "clip")
+    options = dict(padding=True, truncation=True, return_tensors="pt")
+    options["max_length"] = 16 if size == "tiny" else 77
+    reward = load_reward(f"{name}:{tmp_path}/clip", CPU)
+    for image, prompt in itertools.product(pictures((48, 48), (32, 32), (300, 512)), PROMPTS):
+        with torch.no_grad():
+            output = network(**processor(images=pil(image), text=[prompt], **options))
+        expected = (output.text_embeds @ output.image_embeds.T)[0]  # both of length 1
+        torch.testing.assert_close(reward(image[None], [prompt]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("ViT-L-14", marks=slow)])
+def test_aesthetic_is_its_published_network(tmp_path, size):
+    save_clip(tmp_path / "clip", size)
+    clip = CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    torch.manual_seed(1)
+    published = torch.nn.Sequential(
+        torch.nn.Linear(clip.config.projection_dim, 1024),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(1024, 128),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(128, 64),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    ).eval()
+    head = {f"layers.{name}": weight for name, weight in published.state_dict().items()}
+    assert [*head][::2] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]  # as in its file
+    torch.save(head, tmp_path / "clip/sac+logos+ava1-l14-linearMSE.pth")
+
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "clip")
+    reward = load_reward(f"aesthetic:{tmp_path}/clip", CPU)
+    for image in pictures((48, 48), (32, 32), (300, 512)):
+        inputs = processor(pil(image), return_tensors="pt")
+        with torch.no_grad():
+            features = clip.visual_projection(clip.vision_model(**inputs).pooler_output)
+            expected = published(features / features.norm(dim=-1, keepdim=True))[0]
+        torch.testing.assert_close(reward(image[None], ["a"]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def reward_folder(tmp_path, monkeypatch):
+    """Weights of every reward, small: hps.pt, and CLIP with an aesthetic predictor's head."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-H-14", TINY_CLIP)
+    torch.manual_seed(0)
+    torch.save({"state_dict": open_clip.create_model("ViT-H-14").state_dict()}, tmp_path / "hps.pt")
+    shutil.copytree("demo/clip", tmp_path / "clip")
+    sizes = zip((0, 2, 4, 6, 7), itertools.pairwise((64, 1024, 128, 64, 16, 1)), strict=True)
+    head = {}
+    for i, (inputs, outputs) in sizes:
+        head[f"layers.{i}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
+        head[f"layers.{i}.bias"] = torch.randn(outputs)
+    torch.save(head, tmp_path / "clip/aesthetic-model.pth")
+    return tmp_path
+
+
+SCORERS = ["hpsv2:{}/hps.pt", "hpsv2.1:{}/hps.pt", "pickscore:{}/clip", "aesthetic:{}/clip"]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_rewards_are_float32_under_any_autocast_and_the_same_in_any_batch(reward_folder, scorer):
+    reward = load_reward(scorer.format(reward_folder), CPU)
+    images = torch.stack(pictures((48, 48), (48, 48), (48, 48)))
+    scores = reward(images, PROMPTS)
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(
+                load_reward(scorer.format(reward_folder), CPU)(images, PROMPTS), scores
+            )
+            assert torch.equal(reward(images, PROMPTS), scores)
+    alone = [reward(image[None], [p]) for image, p in zip(images, PROMPTS, strict=True)]
+    torch.testing.assert_close(torch.cat(alone), scores, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_is_encoded_once_for_all_of_its_images(reward_folder, monkeypatch):
+    encoded, encode_text = [], open_clip.CLIP.encode_text
+
+    def counted(self, text):
+        encoded.append(len(text))
+        return encode_text(self, text)
+
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", counted)
+    reward = load_reward(f"hpsv2:{reward_folder}/hps.pt", CPU)
+    for _ in range(3):
+        reward(torch.rand(6, 3, 32, 32), ["a cat", "a bat"] * 3)
+    assert encoded == [1, 1]
+
+
+def test_a_reward_imports_only_what_it_needs():
+    script = (
+        "import sys, torch; from rewards import load_reward\n"
+        "load_reward('jpeg_compressibility', 'cpu')(torch.rand(1, 3, 8, 8), ['']);"
+        "print('open_clip' in sys.modules, 'transformers' in sys.modules)\n"
+        "load_reward('clip:demo/clip', 'cpu'); print('open_clip' in sys.modules)"
     )
-    pictures = [Image.fromarray((i * 255).round().byte().permute(1, 2, 0).numpy()) for i in images]
-    with torch.no_grad():
-        output = model(
-            **processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
-        )
-    expected = output.logits_per_image.diag() / model.logit_scale.exp()
-    reward = load_reward("clip:demo/clip", CPU)
-    torch.testing.assert_close(reward(images, prompts), expected, rtol=0, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(reward(images, prompts), expected, rtol=0, atol=1e-5)
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert output.stdout.split() == ["False", "False", "False"]
+
+
+def test_weights_that_do_not_fit_are_refused_by_name_and_code_in_them_does_not_run(reward_folder):
+    folder = reward_folder
+
+    def refusal(spec):
+        with pytest.raises(ValueError, match=re.escape(f"--reward {spec}: ")) as error:
+            load_reward(spec, CPU)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    state = torch.load(folder / "hps.pt")["state_dict"]
+    wider = {**state, "visual.proj": torch.zeros(64, 33)}
+    torch.save({"state_dict": wider}, folder / "wider.pt")
+    assert "visual.proj is (64, 33)" in refusal(f"hpsv2:{folder}/wider.pt")
+    torch.save({"state_dict": state | {"score.weight": torch.zeros(1)}}, folder / "more.pt")
+    assert "score.weight is (1,)" in refusal(f"hpsv2:{folder}/more.pt")
+    del state["ln_final.bias"]
+    torch.save({"state_dict": state}, folder / "less.pt")
+    assert "ln_final.bias is missing" in refusal(f"hpsv2:{folder}/less.pt")
+    torch.save(state, folder / "bare.pt")
+    assert "KeyError: 'state_dict'" in refusal(f"hpsv2:{folder}/bare.pt")
+    whole = (folder / "hps.pt").read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    assert "truncated.pt" in refusal(f"hpsv2:{folder}/truncated.pt")
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (folder / "ran",)
+
+    torch.save({"state_dict": Code()}, folder / "code.pt")
+    assert "UnpicklingError" in refusal(f"hpsv2:{folder}/code.pt")
+    torch.save(Code(), folder / "clip/aesthetic-model.pth")
+    assert "UnpicklingError" in refusal(f"aesthetic:{folder}/clip")
+    assert not (folder / "ran").exists()
+
+    file = folder / "clip/model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    name = "vision_model.post_layernorm.weight"
+    safetensors.torch.save_file(weights | {name: torch.zeros(3)}, file, {"format": "pt"})
+    assert name in refusal(f"pickscore:{folder}/clip")
+    del weights[name]
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    assert name in refusal(f"pickscore:{folder}/clip") and name in refusal(f"clip:{folder}/clip")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "/clip cannot be loaded" in refusal(f"pickscore:{folder}/clip")
 
 
 def test_jpeg_rewards_are_the_size_of_the_file(tmp_path):
@@ -640,6 +1130,19 @@ def test_a_weighted_sum_is_the_sum_of_its_parts(tmp_path):
     whole = load_reward(",".join(f"{spec}={weight}" for spec, weight in specs.items()), CPU)
     torch.testing.assert_close(whole(images, prompts), sum(parts))
     assert list(whole.terms(images, prompts)) == ["red", "jpeg_compressibility", "clip"]
+
+
+def test_the_multi_reward_gives_table_3s_base_row_from_table_2s():
+    """Unseen Pick-a-Pic, animation, concept art, painting, photo; A is the aesthetic score."""
+    pickscore = torch.tensor([0.2082, 0.2111, 0.2062, 0.2059, 0.2172])
+    hpsv2 = torch.tensor([0.2665, 0.2737, 0.2656, 0.2654, 0.2750])
+    published = torch.tensor([2.888, 2.927, 2.877, 2.883, 2.984])
+    spec = prdp.parse_config(["--preset", "multi"]).reward
+    weights = {name: float(weight) for name, weight in (p.split("=") for p in spec.split(","))}
+    aesthetic = torch.full((5,), 5.5)  # published for this model on other prompts: 5.49
+    reward = Reward({}, weights)
+    total = reward.total(dict(pickscore=pickscore, hpsv2=hpsv2, aesthetic=aesthetic))
+    torch.testing.assert_close(total, published, rtol=0, atol=0.05 * 0.4)
 
 
 # ----------------------------------------------------------------------- flags, mistakes, documents
@@ -684,6 +1187,16 @@ MISTAKES = {
     "no reward file": (["--reward", "nowhere.py:f"], "no file nowhere.py"),
     "no reward model": (["--reward", "clip:nowhere"], "--reward clip:nowhere"),
     "no model": (["--model", "./nowhere"], "--model ./nowhere"),
+    "no such set": (["--prompts", "hpdv3"], "not one of the sets hpdv2, .*, hpdv2-500"),
+    "no network for prompts": (["--prompts", "hpdv2-photo"], "zhwang/HPDv2 .*sets.py.*HF_HOME"),
+    "no network for HPSv2": (["--reward", "hpsv2"], "xswu/HPSv2 .*hpsv2:PATH.*HF_HOME"),
+    "no network for PickScore": (
+        ["--reward", "pickscore"],
+        "PickScore_v1 .*pickscore:PATH.*HF_HOME",
+    ),
+    "no network for aesthetic": (["--reward", "aesthetic"], "openai/clip.*aesthetic:PATH.*HF_HOME"),
+    "no network for the model": (["--model", "a/b"], "--model a/b.*local folder.*HF_HOME"),
+    "negative rank": (["--lora_rank", "-1"], "--lora_rank -1"),
     "SDXL": (["--model", "XL"], "StableDiffusionXLPipeline"),
     "sample prediction": (["--model", "SAMPLE"], "predicts 'sample'"),
     "one image": (["--images_per_prompt", "1"], "--images_per_prompt 1"),
@@ -732,6 +1245,22 @@ def test_a_run_made_with_other_flags_is_refused_and_kept(tmp_path):
     assert before == {
         file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
     }
+
+
+def test_without_peft_lora_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.delattr("peft.LoraConfig")
+    with pytest.raises(ValueError, match="--lora_rank needs the package peft: pip install peft"):
+        train(tmp_path / "run", "--lora_rank", "2")
+
+
+def test_out_of_memory_names_the_flags_that_need_less(monkeypatch):
+    def overflow(config, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(prdp, "train", overflow)
+    monkeypatch.setattr(sys, "argv", ["prdp.py", "--micro_batch_size", "16"])
+    with pytest.raises(SystemExit, match=r"out of memory; lower --micro_batch_size \(it is 16\)"):
+        prdp.main()
 
 
 def test_prompts_that_the_processes_cannot_share_are_refused(monkeypatch):
