@@ -948,7 +948,8 @@ def save_clip(folder: Path, size: str) -> None:
     CLIPModel(
         CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
     ).save_pretrained(folder)
-    CLIPImageProcessor().save_pretrained(folder)
+    tokenizer = CLIPProcessor.from_pretrained("demo/clip").tokenizer
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
