@@ -142,12 +142,13 @@ PRESETS = {
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags beat the preset; with --evaluate they beat what the run was made with."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.set_defaults(prompts=None)
     given = parser.parse_args(arguments)
     defaults = read_config(Path(given.evaluate)) if given.evaluate else PRESETS[given.preset]
-    own_template = {"prompt_template": "{}"} if given.prompts else {}  # it went with the list
-    parser.set_defaults(**asdict(Config()) | defaults | own_template)
+    if any(argument.partition("=")[0] == "--prompts" for argument in arguments):
+        defaults = defaults | {"prompt_template": "{}"}  # the default's went with its own list
+    parser.set_defaults(**asdict(Config()) | defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if config.run is None:
         scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
@@ -939,11 +940,15 @@ def main() -> None:
     try:
         config = parse_config()
         evaluate(config, device) if config.evaluate else train(config, device)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        # What all processes meet, the first tells, and its end breaks the others' connections:
+        # torchrun stops them before they tell of either.
+        time.sleep(5 * (rank() > 0))
         if isinstance(error, torch.OutOfMemoryError):
             error = (f"{device} is out of memory; lower --micro_batch_size (it is "
                      f"{config.micro_batch_size}), or add --gradient_checkpointing or --lora_rank")
-        time.sleep(5 * (rank() > 0))  # what all processes meet is told by the first, which ends all
+        elif not isinstance(error, ValueError):
+            raise
         sys.exit(f"prdp.py: error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
