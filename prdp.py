@@ -484,7 +484,7 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """P prompts -> (P, L, E), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
-        return self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, False)[0]
+        return self.pipeline.encode_prompt(prompts, self.policy.unet.device, 1, False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -494,8 +494,8 @@ class Models:
 
 
 class Reference(Policy):
-    """pi_ref, the pretrained model: a copy that is on the GPU only while it computes, or with LoRA
-    the policy's own UNet with its adapters off."""
+    """pi_ref, the pretrained model: a UNet that is on the GPU only while it computes, or with LoRA
+    the policy's own with its adapters off."""
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -528,6 +528,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         unet = UNet2DConditionModel.from_pretrained(finetuned / "unet").to(device).eval()
     else:
         unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
+    if not config.lora_rank:
+        pipeline.unet.to("cpu")  # from where the reference fetches it
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     policy, reference = (kind(kind_unet, scheduler, negative_embeds, config.guidance_scale)
@@ -908,7 +910,7 @@ def compare(config: Config, models: Models, policies: dict[str, Policy],
     if len(names) > 1:
         names.append("weighted sum")
     share = math.ceil(len(prompts) / world_size())
-    scores = torch.zeros(share, 2, count, len(names), device=models.pipeline.device)
+    scores = torch.zeros(share, 2, count, len(names), device=models.policy.unet.device)
     for row, index in enumerate(range(rank(), len(prompts), world_size())):
         for i, policy in enumerate(policies.values()):
             latents = draw_latents(config, models, policy, prompts, index, count)

@@ -29,7 +29,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,6 +137,8 @@ def load_clip(spec: str, device: torch.device | str) -> Scorer:
     from transformers import CLIPModel, CLIPProcessor
 
     source = processor_source = spec.partition(":")[2]
+    if spec == "clip":
+        raise ValueError("--reward clip: say which, clip:FOLDER_OR_HUB_ID")
     if spec == "pickscore":
         source = "yuvalkirstain/PickScore_v1"
         processor_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -187,21 +188,22 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
         network = load_transformer(CLIPVisionModelWithProjection, source)
         processor = CLIPImageProcessor.from_pretrained(source)
 
-    widths = itertools.pairwise([network.config.projection_dim, 1024, 128, 64, 16, 1])
-    one, two, three, *rest = (nn.Linear(*pair) for pair in widths)
-    dropout = nn.Identity()  # three of them; without training they only count in the weights' names
-    layers = nn.Sequential(one, dropout, two, dropout, three, dropout, *rest)  # no activations
-    head = nn.ModuleDict({"layers": layers})
+    # No activations: as published, it is linear from end to end.
+    head = nn.ModuleDict({"layers": nn.Sequential(
+        nn.Linear(network.config.projection_dim, 1024), nn.Dropout(0.2),
+        nn.Linear(1024, 128), nn.Dropout(0.2),
+        nn.Linear(128, 64), nn.Dropout(0.1),
+        nn.Linear(64, 16), nn.Linear(16, 1))})
     with loading(spec, head_source):
         name = "aesthetic-model.pth"
         load_weights(head, next(Path(local).glob("*.pth"), Path(local) / name) if local
                      else download(head_source, name))
     network.to(device)
-    head.to(device)
+    head.to(device).eval()
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         features = network(**processor(list(images), return_tensors="pt").to(device)).image_embeds
-        return layers(nn.functional.normalize(features, dim=-1)).squeeze(-1)
+        return head["layers"](nn.functional.normalize(features, dim=-1)).squeeze(-1)
 
     return score
 
