@@ -40,7 +40,8 @@ Deviations from the paper
  5. The baseline, `--objective ddpo`, normalises rewards by the prompt's B images of the epoch only.
  6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref and drawn again
     every epoch; pi_old is the policy at the epoch's start, and only --evaluate shows progress.
- 7. bfloat16 autocast on GPUs that have it; rewards see images rounded to 8 bits.
+ 7. bfloat16 autocast on GPUs that have it, though its rounding exceeds what one update changes in
+    a log-prob: for K > 1 see --no_mixed_precision. Rewards see images rounded to 8 bits.
 
     torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
     torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
@@ -89,9 +90,9 @@ from rewards import Reward, load_reward
 class Config:
     """Every knob; the defaults are the small-scale column of the paper's Table 4.
 
-    Sizes are global: they do not depend on the number of processes. As log-probs are means over T
-    steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with Stable
-    Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
+    Sizes are global, for all processes together, but for micro_batch_size. As log-probs are means
+    over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
+    Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
 
     preset: Literal["small", "large", "multi", "demo"] = HfArg(
@@ -104,8 +105,9 @@ class Config:
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     objective: Literal["prdp", "ddpo"] = HfArg(default="prdp", help="prdp, or the baseline ddpo")
     offline: bool = HfArg(default=False, help="train on one pool, drawn from pi_ref (Fig. 7)")
-    run: str | None = HfArg(default=None, aliases="--run_dir", help="output folder, continued if "
-                            "there; with torchrun on Python < 3.12, which claims --run: --run_dir")
+    run: str | None = HfArg(
+        default=None, aliases=["--run_dir", "--run-dir"], help="output folder, continued if there; "
+        "with torchrun on Python 3.11, which takes --run for its own: --run_dir")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
@@ -120,6 +122,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
+    mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it, not float32")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
@@ -152,7 +155,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if config.run is None:
         scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
-        config.run = f"runs/{config.preset}-{'+'.join(Path(scorer).name for scorer in scorers)}"
+        names = "+".join(Path(scorer.strip()).name for scorer in scorers)
+        config.run = f"runs/{config.preset}-{names}"
 
     least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
              "lora_rank": 0}
@@ -161,6 +165,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
+    if config.evaluate and config.lora_rank != defaults.get("lora_rank", 0):
+        raise ValueError(f"--lora_rank {config.lora_rank}: the run has {defaults['lora_rank']}")
     if config.offline and config.objective == "ddpo":
         raise ValueError("--offline: ddpo is a policy gradient and needs its policy's samples")
     return config
@@ -229,6 +235,7 @@ class Policy:
     scheduler: DDIMScheduler  # after set_timesteps(T)
     negative_embeds: Tensor  # (1, L, E)
     guidance_scale: float
+    mixed_precision: bool = True
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
@@ -236,8 +243,14 @@ class Policy:
                                    self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 matrix products on GPUs that have them; the weights are float32 in any case."""
+        device = self.negative_embeds.device.type
+        has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(device, torch.bfloat16, self.mixed_precision and has_bfloat16)
+
     def in_use(self) -> contextlib.AbstractContextManager:
-        """Where the UNet computes without a graph; `Reference` makes itself ready here."""
+        """Around trajectories that are drawn or scored; a `Reference` makes itself ready here."""
         return contextlib.nullcontext()
 
     @property
@@ -270,7 +283,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     """
     timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    with policy.in_use(), mixed_precision(latents.device):
+    with policy.in_use(), policy.autocast():
         for images in micro_batches(len(latents), micro_batch_size, "denoising"):
             x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
             for i, t in enumerate(timesteps):
@@ -279,12 +292,6 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
                     x[:, i + 1] = mean + std * x[:, i + 1]
                 log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return log_probs
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products on GPUs that have them, else float32; weights are float32 always."""
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 # -------------------------------------------------------------------------------- §3 The objective
@@ -386,7 +393,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     for prompt, reward in zip(image_prompts, rewards.tolist(), strict=True):
         if not math.isfinite(reward):
             raise ValueError(f"--reward {config.reward}: it is {reward} for {prompt!r} in epoch "
-                             f"{epoch + 1}; the last checkpoint is kept")
+                             f"{epoch + 1}")
     return Trajectories(embeds, latents, log_probs_old.view(shape), log_probs_ref.view(shape),
                         rewards.view(shape[:2]), {k: v.view(shape[:2]) for k, v in terms.items()})
 
@@ -456,7 +463,7 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
     entries = grad.nonzero()  # (M, 2)
     for batch in micro_batches(len(entries), micro_batch_size, "updating"):
         image, step = entries[batch].unbind(1)  # (P,) each
-        with mixed_precision(latents.device):
+        with policy.autocast():
             mean, std = policy.mean_std(latents[image, step], timesteps[step],
                                         trajectories.prompt_embeds[image])
         log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
@@ -501,8 +508,10 @@ class Reference(Policy):
     def in_use(self) -> Iterator[None]:
         has_adapters = hasattr(self.unet, "peft_config")
         self.unet.disable_adapters() if has_adapters else self.unet.to(self.negative_embeds.device)
-        yield
-        self.unet.enable_adapters() if has_adapters else self.unet.to("cpu")
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters() if has_adapters else self.unet.to("cpu")
 
 
 def load_models(config: Config, device: torch.device, finetuned: Path | None = None) -> Models:
@@ -514,10 +523,14 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         frozen.eval().requires_grad_(False)
     pipeline.vae.enable_slicing()  # decode image by image: at 512 x 512 one takes over 1 GiB
     # Only its noise schedule and timesteps are used; `ddim_mean_std` is the step.
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    scheduler = DDIMScheduler.from_config(  # steps end at t = 1, before which there is a t = 0
+        pipeline.scheduler.config, timestep_spacing="leading", steps_offset=1)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"--model {config.model} predicts {scheduler.config.prediction_type!r}; "
                          "only epsilon and v_prediction are supported")
+    if config.num_steps >= scheduler.config.num_train_timesteps:
+        raise ValueError(f"--num_steps {config.num_steps}: the model was trained with "
+                         f"{scheduler.config.num_train_timesteps}, and fewer can be taken")
     scheduler.set_timesteps(config.num_steps)
     with torch.no_grad():
         negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
@@ -532,9 +545,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         pipeline.unet.to("cpu")  # from where the reference fetches it
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    policy, reference = (kind(kind_unet, scheduler, negative_embeds, config.guidance_scale)
-                         for kind, kind_unet in ((Policy, unet), (Reference, pipeline.unet)))
-    return Models(policy, reference, pipeline, reward)
+    shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision
+    return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
 
 
 def add_lora(pipeline: StableDiffusionPipeline, config: Config,
@@ -556,20 +568,21 @@ def add_lora(pipeline: StableDiffusionPipeline, config: Config,
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images."""
-    try:
-        kind = StableDiffusionPipeline.load_config(model)["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(f"--model {model} is a {kind}; only StableDiffusionPipeline, that is "
-                             "Stable Diffusion v1 and v2, is supported")
-        options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    errors = []
+    for variant in (None, "fp16"):  # a copy may hold the half-precision files alone
         try:
-            return StableDiffusionPipeline.from_pretrained(model, **options)
-        except OSError:  # a copy may hold the half-precision files alone
-            return StableDiffusionPipeline.from_pretrained(model, variant="fp16", **options)
-    except OSError as error:
-        raise ValueError(f"--model {model}: no pipeline could be loaded from a folder or hub id of "
-                         "that name; without a network, give a local folder, or point HF_HOME at a "
-                         f"cache that holds it ({str(error).splitlines()[0]})") from None
+            kind = StableDiffusionPipeline.load_config(model)["_class_name"]
+            if kind != "StableDiffusionPipeline":
+                raise ValueError(f"it is a {kind}; only StableDiffusionPipeline, that is Stable "
+                                 "Diffusion v1 and v2, is supported")
+            return StableDiffusionPipeline.from_pretrained(
+                model, variant=variant, dtype=torch.float32, safety_checker=None,
+                requires_safety_checker=False)
+        except Exception as error:  # of the hub, the network, or a damaged file
+            errors.append(str(error).partition("\n")[0])
+    raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
+                     f"({errors[0]}); without a network give a local folder, or point HF_HOME at a "
+                     "cache that holds it")
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
@@ -577,8 +590,9 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
 
 def read_prompts(file: str, template: str) -> list[str]:
     """The distinct lines of a file or a named set in their order, each put into the template."""
+    path = prompt_file(file) if file in NAMES else Path(file)
     try:
-        lines = (prompt_file(file) if file in NAMES else Path(file)).read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error}), and not one "
                          f"of the sets {', '.join(NAMES)}") from None
@@ -625,7 +639,8 @@ def start_distributed() -> torch.device:
         torch.set_num_threads(max(1, os.cpu_count() // local_size))
     if "LOCAL_RANK" in os.environ:
         # Long, because the others wait while rank 0 draws grids and writes checkpoints.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
+                                device_id=torch.device("cuda", local_rank) if on_gpu else None)
     if not on_gpu and torch.cuda.is_available():
         say(f"{local_size} processes, {torch.cuda.device_count()} GPUs: computing on the CPU")
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -688,13 +703,14 @@ class Run:
         self.folder = Path(folder)
 
     def claim(self, config: Config) -> None:
-        """Raise ValueError if the folder holds a run whose weights were made with other flags."""
-        if not (self.folder / "config.json").exists():
+        """Raise ValueError if the folder holds a checkpoint that was made with other flags."""
+        if not self.checkpoints():
             return
-        then, now = read_config(self.folder), asdict(config)
-        free = "run num_epochs micro_batch_size evaluate samples_per_prompt".split()
-        changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
-                   if name not in free and then.get(name) != now[name]]
+        then, now = asdict(Config()) | read_config(self.folder), asdict(config)
+        free = {"run", "num_epochs", "micro_batch_size", "gradient_checkpointing", "evaluate",
+                "samples_per_prompt"}
+        changed = [f"--{name} {then[name]} and not {now[name]}" for name in now
+                   if name not in free and then[name] != now[name]]
         if changed:
             raise ValueError(f"--run {self.folder} was made with {', '.join(changed)}; give "
                              "another --run")
@@ -765,7 +781,10 @@ class Run:
 def read_config(folder: Path) -> dict:
     """The flags that a run was made with."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        if unknown := config.keys() - asdict(Config()).keys():
+            raise ValueError(f"its config.json has {', '.join(unknown)}")
+        return config
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not the folder of a run ({error})") from None
 
@@ -829,11 +848,15 @@ def train(config: Config, device: torch.device) -> None:
                                   fused=device.type == "cuda")  # without temporary copies
     metrics = run.load_checkpoint(policy, optimizer)
     epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
-    if len(set(epochs_done)) > 1 or epochs_done[0] > config.num_epochs:
-        raise ValueError(f"--run {config.run} has {epochs_done} epochs as each process sees it: it "
-                         "must be one shared folder, and --num_epochs cannot be less")
+    if len(set(epochs_done)) > 1:
+        raise ValueError(f"--run {config.run} has {epochs_done} epochs as each process sees it; it "
+                         "must be on a file system that all machines share")
+    if len(metrics) > config.num_epochs:
+        raise ValueError(f"--num_epochs {config.num_epochs}: --run {config.run} has {len(metrics)}")
     if rank() == 0:
         run.write_json("config.json", asdict(config))
+        for finished in ("unet", "lora"):  # will be out of date
+            shutil.rmtree(run.folder / finished, ignore_errors=True)
 
     for epoch in range(len(metrics), config.num_epochs):
         if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
@@ -888,10 +911,11 @@ def evaluate(config: Config, device: torch.device) -> None:
     """Base against finetuned from the same noise, on one prompt set after the other."""
     run = Run(config.evaluate)
     if not any((run.folder / weights).is_dir() for weights in ("unet", "lora")):
-        raise ValueError(f"--evaluate {run.folder}: no unet/; its own command finishes the run")
+        raise ValueError(f"--evaluate {run.folder}: the run is not finished, as it has neither "
+                         "unet/ nor lora/; the command that began it goes on with it")
     with first_of_each_machine_first():
         prompt_sets = {name: read_prompts(name, config.prompt_template)
-                       for name in config.prompts.split(",")}
+                       for name in map(str.strip, config.prompts.split(","))}
         models = load_models(config, device, run.folder)
     policies = {"base": models.reference, "finetuned": models.policy}
     for name, prompts in prompt_sets.items():
@@ -901,13 +925,14 @@ def evaluate(config: Config, device: torch.device) -> None:
             save_grid(config, models, policies, prompts, run, f"{file}.png")
             run.write_json(f"{file}.json", {"config": asdict(config), "prompts": name,
                                             "results": results})
+            say(f"{run.folder}/{file}.json and .png\n")
 
 
 def compare(config: Config, models: Models, policies: dict[str, Policy],
             prompts: list[str]) -> dict[str, dict]:
     """A table of every reward: each policy's mean over the prompts, and its standard error."""
     count, names = config.samples_per_prompt, list(models.reward.weights)
-    if len(names) > 1:
+    if set(models.reward.weights.values()) != {1}:
         names.append("weighted sum")
     share = math.ceil(len(prompts) / world_size())
     scores = torch.zeros(share, 2, count, len(names), device=models.policy.unet.device)
@@ -924,10 +949,12 @@ def compare(config: Config, models: Models, policies: dict[str, Policy],
         f"{'':<24}{'base':<20}{'finetuned':<20}{'difference':<20}prompts improved")
     results = {}
     for name, (base, finetuned) in zip(names, means, strict=True):
-        result = {column: [mean.mean().item(), mean.std(correction=0).item() / len(mean) ** 0.5]
+        result = {column: {"mean": mean.mean().item(),
+                           "standard_error": mean.std(correction=0).item() / len(mean) ** 0.5}
                   for column, mean in {"base": base, "finetuned": finetuned,
                                        "difference": finetuned - base}.items()}
-        cells = "".join(f"{f'{mean:.4f} ± {error:.4f}':<20}" for mean, error in result.values())
+        cells = "".join(f"{'{mean:.4f} ± {standard_error:.4f}'.format(**cell):<20}"
+                        for cell in result.values())
         improved = (finetuned > base).double().mean().item()
         say(f"{name:<24}{cells}{improved:.1%}")
         results[name] = result | {"prompts_improved": improved}
@@ -938,6 +965,7 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # else each cut prompt is named every time
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as for matrix products
     device = start_distributed()
     try:
         config = parse_config()
@@ -948,7 +976,8 @@ def main() -> None:
         time.sleep(5 * (rank() > 0))
         if isinstance(error, torch.OutOfMemoryError):
             error = (f"{device} is out of memory; lower --micro_batch_size (it is "
-                     f"{config.micro_batch_size}), or add --gradient_checkpointing or --lora_rank")
+                     f"{config.micro_batch_size}), or train with --gradient_checkpointing or "
+                     "--lora_rank")
         elif not isinstance(error, ValueError):
             raise
         sys.exit(f"prdp.py: error: {error}")

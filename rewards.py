@@ -29,6 +29,8 @@ import contextlib
 import functools
 import importlib.util
 import io
+import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,7 +57,12 @@ class Reward:
         scores = {}
         for name, scorer in self.scorers.items():
             with torch.autocast(images.device.type, enabled=False):
-                score = torch.as_tensor(scorer(images, prompts))
+                score = scorer(images, prompts)
+            try:
+                score = torch.as_tensor(score)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"reward {name!r} returned a {type(score).__name__}; it must "
+                                 "return one number an image") from None
             if score.shape != (len(prompts),):
                 raise ValueError(
                     f"reward {name!r} returned shape {tuple(score.shape)}; it must return one "
@@ -92,6 +99,8 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
             raise ValueError(f"--reward {spec}: {logged_as!r} is given twice")
         try:
             weights[logged_as] = float(weight or 1)
+            if not math.isfinite(weights[logged_as]):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--reward {spec}: the weight {weight!r} is not a number") from None
         scorers[logged_as] = factory(scorer, device)
@@ -137,11 +146,11 @@ def load_clip(spec: str, device: torch.device | str) -> Scorer:
     from transformers import CLIPModel, CLIPProcessor
 
     source = processor_source = spec.partition(":")[2]
-    if spec == "clip":
-        raise ValueError("--reward clip: say which, clip:FOLDER_OR_HUB_ID")
     if spec == "pickscore":
         source = "yuvalkirstain/PickScore_v1"
         processor_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    if not source:
+        raise ValueError(f"--reward {spec}: name the model, {spec.partition(':')[0]}:FOLDER")
     with loading(spec, source):
         network = load_transformer(CLIPModel, source)
     with loading(spec, processor_source):
@@ -279,8 +288,12 @@ def load_transformer(loader: type, source: str) -> nn.Module:
 
 def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:
     """A pickled state_dict, or that at a key of a pickled dict, of just this network's shapes."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state if key is None else state[key]
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state if key is None else state[key]
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or holds other things than this network's weights: "
+                         f"{type(error).__name__}") from error
     wanted, found = ({name: tuple(weight.shape) for name, weight in weights.items()}
                      for weights in (network.state_dict(), state))
     for name in wanted | found:

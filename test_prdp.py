@@ -608,6 +608,16 @@ def test_a_model_built_like_stable_diffusion_2_trains_and_scores_like_its_sample
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
+def test_a_schedule_without_an_offset_still_has_a_deviation_at_its_last_step(tmp_path):
+    shutil.copytree("demo/model", tmp_path / "model")
+    file = tmp_path / "model/scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["steps_offset"]
+    file.write_text(json.dumps(config))
+    policy = prdp.load_models(prdp.parse_config([*DEMO, "--model", str(file.parent.parent)]), CPU)
+    assert policy.policy.scheduler.timesteps[-1] == 1
+
+
 def test_a_copy_that_holds_only_half_precision_files_loads_in_float32(tmp_path):
     pipeline = prdp.load_pipeline("demo/model")
     expected = {k: v.half().float() for k, v in pipeline.unet.state_dict().items()}
@@ -722,6 +732,18 @@ def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in weights(tmp_path / "run").items())
 
 
+def test_a_run_that_goes_on_has_no_finished_weights_until_it_is_finished_again(
+    tmp_path, monkeypatch
+):
+    train(tmp_path / "run", "--num_epochs", "1")
+    monkeypatch.setattr(prdp, "collect_epoch", lambda *_: exec("raise ValueError('stop')"))
+    with pytest.raises(ValueError, match="stop"):
+        train(tmp_path / "run", "--num_epochs", "2", "--gradient_checkpointing")
+    for flags, message in (([], "is not finished"), (["--lora_rank", "2"], "the run has 0")):
+        with pytest.raises(ValueError, match=message):
+            prdp.evaluate(prdp.parse_config(["--evaluate", str(tmp_path / "run"), *flags]), CPU)
+
+
 def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, capsys):
     train(tmp_path / "run", "--num_epochs", "1")
     shutil.rmtree(tmp_path / "run/unet")
@@ -738,8 +760,9 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     assert config.prompt_template == "{}" and config.num_steps == 4
     prdp.evaluate(config, CPU)
     result = json.loads((tmp_path / "run/evaluation-two.json").read_text())["results"]["clip"]
-    assert result["difference"] == [0, 0] and result["base"] == result["finetuned"]
-    assert result["prompts_improved"] == 0 and result["base"][1] > 0
+    assert result["difference"] == {"mean": 0, "standard_error": 0}
+    assert result["base"] == result["finetuned"] and result["base"]["standard_error"] > 0
+    assert result["prompts_improved"] == 0
     assert (tmp_path / "run/evaluation-two.png").exists() and "clip" in capsys.readouterr().out
 
 
@@ -788,7 +811,7 @@ def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-painting", str(tmp_path / "copy.txt")])
     prompts.sets.main()
     assert prdp.read_prompts(str(tmp_path / "copy.txt"), "{}") == ["ä", "b"]
-    with pytest.raises(ValueError, match=r"zhwang/HPDv2 cannot be had .*no benchmark/anime.json"):
+    with pytest.raises(ValueError, match="animation cannot be had .*no benchmark/anime.json"):
         prdp.read_prompts("hpdv2-animation", "{}")
 
 
@@ -1078,7 +1101,7 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_code_in_them_does_not_r
     torch.save({"state_dict": state}, folder / "less.pt")
     assert "ln_final.bias is missing" in refusal(f"hpsv2:{folder}/less.pt")
     torch.save(state, folder / "bare.pt")
-    assert "KeyError: 'state_dict'" in refusal(f"hpsv2:{folder}/bare.pt")
+    assert "KeyError" in refusal(f"hpsv2:{folder}/bare.pt")
     whole = (folder / "hps.pt").read_bytes()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     assert "truncated.pt" in refusal(f"hpsv2:{folder}/truncated.pt")
@@ -1189,7 +1212,7 @@ MISTAKES = {
     "no reward model": (["--reward", "clip:nowhere"], "--reward clip:nowhere"),
     "no model": (["--model", "./nowhere"], "--model ./nowhere"),
     "no such set": (["--prompts", "hpdv3"], "not one of the sets hpdv2, .*, hpdv2-500"),
-    "no network for prompts": (["--prompts", "hpdv2-photo"], "zhwang/HPDv2 .*sets.py.*HF_HOME"),
+    "no network for prompts": (["--prompts", "hpdv2-photo"], "hpdv2-photo .*sets.py.*HF_HOME"),
     "no network for HPSv2": (["--reward", "hpsv2"], "xswu/HPSv2 .*hpsv2:PATH.*HF_HOME"),
     "no network for PickScore": (
         ["--reward", "pickscore"],
@@ -1198,6 +1221,17 @@ MISTAKES = {
     "no network for aesthetic": (["--reward", "aesthetic"], "openai/clip.*aesthetic:PATH.*HF_HOME"),
     "no network for the model": (["--model", "a/b"], "--model a/b.*local folder.*HF_HOME"),
     "negative rank": (["--lora_rank", "-1"], "--lora_rank -1"),
+    "too many steps": (
+        ["--num_steps", "1000"],
+        "--num_steps 1000: the model was trained with 1000",
+    ),
+    "truncated UNet": (
+        ["--model", "TRUNCATED"],
+        "--model .*TRUNCATED cannot be loaded .*unet.diffusion_pytorch_model",
+    ),
+    "weight NaN": (["--reward", "jpeg_compressibility=nan"], "'nan' is not a number"),
+    "no reward given": (["--reward", "pickscore:"], "name the model, pickscore:FOLDER"),
+    "reward None": (["--reward", "BAD:none"], "'none' returned a NoneType"),
     "SDXL": (["--model", "XL"], "StableDiffusionXLPipeline"),
     "sample prediction": (["--model", "SAMPLE"], "predicts 'sample'"),
     "one image": (["--images_per_prompt", "1"], "--images_per_prompt 1"),
@@ -1216,6 +1250,7 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
     (tmp_path / "bad.py").write_text(
         "def shape(images, prompts):\n    return images\n"
         "def nan(images, prompts):\n    return images.mean((1, 2, 3)).log() * float('nan')\n"
+        "def none(images, prompts):\n    return None\n"
     )
     for name, file, key, value in (
         ("XL", "model_index.json", "_class_name", "StableDiffusionXLPipeline"),
@@ -1225,12 +1260,18 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
             shutil.copytree("demo/model", tmp_path / name)
             config = tmp_path / name / file
             config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    if "TRUNCATED" in flags:
+        shutil.copytree("demo/model", tmp_path / "TRUNCATED")
+        for file in (tmp_path / "TRUNCATED/unet").glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:100_000])
     stand_ins = {
+        "TRUNCATED": tmp_path / "TRUNCATED",
         "EMPTY": tmp_path / "empty.txt",
         "XL": tmp_path / "XL",
         "SAMPLE": tmp_path / "SAMPLE",
         "BAD:shape": f"{tmp_path}/bad.py:shape",
         "BAD:nan": f"{tmp_path}/bad.py:nan",
+        "BAD:none": f"{tmp_path}/bad.py:none",
     }
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
         train(tmp_path / "run", *[str(stand_ins.get(flag, flag)) for flag in flags])

@@ -4,7 +4,7 @@
     python prompts/sets.py hpdv2 hpdv2.txt   # a copy for machines without a network
 
 They are what the paper trains on (hpdv2, pickapic) and judges by (most others). Users of image
-generators wrote them: they are fetched at first use, and kept in the hub's cache, one a line.
+generators wrote them: they are fetched at first use, and kept in HF_HOME/prdp, one a line.
 """
 
 import csv
@@ -36,38 +36,39 @@ NAMES = [*SETS, *SAMPLES]
 def prompt_file(name: str) -> Path:
     """The text file with the set's distinct prompts, one a line, made if it is not there yet.
 
-    Raises ValueError naming the dataset, and the way without a network, if it cannot be had.
+    Raises ValueError naming the set, and the way without a network, if it cannot be had.
     """
     file = Path(HF_HOME, "prdp", f"{name}.txt")
-    if not file.exists():
-        if name in SAMPLES:
-            source, count = SAMPLES[name]
-            lines = prompt_file(source).read_text("utf-8").splitlines()
-            lines = random.Random(0).sample(lines, count)
-        else:
+    if file.exists():
+        return file
+    if name in SAMPLES:
+        source, count = SAMPLES[name]
+        lines = prompt_file(source).read_text("utf-8").splitlines()
+        lines = random.Random(0).sample(lines, count)
+    try:
+        if name in SETS:
             # Any whitespace becomes a space: a prompt is a line. A dict keeps the order.
             lines = dict.fromkeys(" ".join(prompt.split()) for prompt in download(*SETS[name]))
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text("".join(line + "\n" for line in lines if line), "utf-8")
         temporary.replace(file)
+    except Exception as error:  # whatever the hub, the network, the disk or a damaged file raise
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"the prompts {name} cannot be had from the Hugging Face hub ({cause}). Without a "
+            "network: `python prompts/sets.py NAME FILE` where there is one, and --prompts FILE; "
+            "or point HF_HOME at a cache that holds them"
+        ) from error
     return file
 
 
 def download(dataset: str, pattern: str, field: str | None) -> list[str]:
     """All prompts of a dataset's files, as often as they are there."""
-    try:
-        folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=pattern)
-        if not (files := sorted(Path(folder).glob(pattern))):
-            raise FileNotFoundError(f"it holds no {pattern}")
-        return [prompt for file in files for prompt in read_field(file, field)]
-    except Exception as error:  # whatever the hub, the network or a damaged file raise
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"the prompts of {dataset} cannot be had from the Hugging Face hub ({cause}). Without "
-            "a network: `python prompts/sets.py NAME FILE` where there is one, and --prompts FILE; "
-            "or point HF_HOME at a cache that holds them"
-        ) from error
+    folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=pattern)
+    if not (files := sorted(Path(folder).glob(pattern))):
+        raise FileNotFoundError(f"{dataset} holds no {pattern}")
+    return [prompt for file in files for prompt in read_field(file, field)]
 
 
 def read_field(file: Path, field: str | None) -> list[str]:
@@ -76,7 +77,7 @@ def read_field(file: Path, field: str | None) -> list[str]:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise ValueError("reading it takes pyarrow: pip install pyarrow") from None
+            raise ImportError("it takes pyarrow: pip install pyarrow") from None
         return parquet.read_table(file, columns=[field])[field].to_pylist()
     with file.open(encoding="utf-8", newline="") as lines:
         if file.suffix == ".tsv":  # a quotation mark is part of the prompt
@@ -94,7 +95,8 @@ def main() -> None:
             except (ValueError, OSError) as error:
                 sys.exit(f"prompts/sets.py: error: {error}")
         case _:
-            sys.exit(f"usage: python prompts/sets.py NAME FILE\nNAME is one of {', '.join(NAMES)}")
+            print("usage: python prompts/sets.py NAME FILE, where NAME is one of", *NAMES, sep="\n")
+            sys.exit(len(sys.argv) > 2)
 
 
 if __name__ == "__main__":
