@@ -123,6 +123,7 @@ class Config:
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it, not float32")
+    compile: bool = HfArg(default=False, help="compile the UNet, which takes minutes at first")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
@@ -545,6 +546,10 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         pipeline.unet.to("cpu")  # from where the reference fetches it
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    for network in {unet, pipeline.unet}:
+        network.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        if config.compile:
+            network.compile(dynamic=True)  # one graph for batches of any size: log-probs are exact
     shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision
     return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
 

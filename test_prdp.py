@@ -680,7 +680,9 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
 
     config = prdp.parse_config(["--evaluate", str(tmp_path / "run"), "--samples_per_prompt", "2"])
     models = prdp.load_models(config, CPU, tmp_path / "run")
-    untouched = replace(models.policy, unet=prdp.load_pipeline("demo/model").unet)
+    channels_last = dict(memory_format=torch.channels_last)  # for the same kernels
+    untouched = prdp.load_pipeline("demo/model").unet.to(**channels_last)
+    untouched = replace(models.policy, unet=untouched)
     embeds = models.encode_prompts(["A painting of a cat", "A painting of a bat"])
     noise = torch.randn(2, config.num_steps + 1, *models.latent_shape)
     latents, log_probs = prdp.sample_trajectories(models.policy, embeds, noise, 5)
@@ -691,7 +693,7 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
 
     pipeline = prdp.load_pipeline("demo/model")
     pipeline.load_lora_weights(tmp_path / "run/lora")
-    loaded = replace(models.policy, unet=pipeline.unet)
+    loaded = replace(models.policy, unet=pipeline.unet.to(**channels_last))
     assert torch.equal(prdp.trajectory_log_probs(loaded, embeds, latents, 5), log_probs)
     prdp.evaluate(config, CPU)
     assert (tmp_path / "run/evaluation-two.json").exists()
