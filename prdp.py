@@ -498,7 +498,10 @@ class Models:
     def decode(self, latents: Tensor) -> Tensor:
         """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
         vae = self.pipeline.vae
-        return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        # In slices of at most a 512 x 512 image, which takes over 1 GiB to decode.
+        slices = (latents / vae.config.scaling_factor).split(max(1, 64**2 // latents[0, 0].numel()))
+        images = torch.cat([vae.decode(part).sample for part in slices])
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 class Reference(Policy):
@@ -522,7 +525,6 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     pipeline = load_pipeline(config.model).to(device)
     for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         frozen.eval().requires_grad_(False)
-    pipeline.vae.enable_slicing()  # decode image by image: at 512 x 512 one takes over 1 GiB
     # Only its noise schedule and timesteps are used; `ddim_mean_std` is the step.
     scheduler = DDIMScheduler.from_config(  # steps end at t = 1, before which there is a t = 0
         pipeline.scheduler.config, timestep_spacing="leading", steps_offset=1)

@@ -700,6 +700,25 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
 
 
 @slow
+def test_a_compiled_policy_scores_what_it_drew_exactly_as_it_drew_it():
+    """With a last micro-batch of another size; compiling takes minutes."""
+    flags = ["--compile", "--images_per_prompt", "5", "--micro_batch_size", "4"]
+    config = prdp.parse_config([*DEMO, *flags])
+    models = prdp.load_models(config, CPU)
+    optimizer = torch.optim.AdamW(models.policy.trained.values(), 1e-4)
+    for epoch in range(2):
+        trajectories = prdp.collect_epoch(config, models, ["A painting of a cat"], epoch, {})
+        log_probs = prdp.trajectory_log_probs(
+            models.policy, trajectories.prompt_embeds, trajectories.latents, 4
+        )
+        assert torch.equal(
+            log_probs.view_as(trajectories.log_probs_old), trajectories.log_probs_old
+        )
+        prdp.update_policy(config, models.policy, optimizer, trajectories)
+    assert (log_probs.view_as(trajectories.log_probs_ref) != trajectories.log_probs_ref).any()
+
+
+@slow
 def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
     """860 million random weights, latents of 16 x 16: 20 GB of memory and of disk, 10 minutes."""
     vae = dict(
