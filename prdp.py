@@ -549,7 +549,7 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     for network in {unet, pipeline.unet}:
-        network.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+        network.to(memory_format=torch.channels_last)
         if config.compile:
             network.compile(dynamic=True)  # one graph for batches of any size: log-probs are exact
     shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision

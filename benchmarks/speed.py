@@ -16,6 +16,7 @@ Times are medians over rounds in which all that is compared takes its turn.
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if sys.argv[1:] != ["gpu"]:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other parts compare on the CPU
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -125,7 +128,7 @@ def timing(name: str):
 class Trl:
     """TRL's DDPOTrainer on the same model, images and steps, one epoch a call."""
 
-    def __init__(self, micro_batch_size: int, folder: str):
+    def __init__(self, micro_batch_size: int, folder: str, memory_format: torch.memory_format):
         import accelerate
 
         accelerate.PartialState()  # the trainer logs before it makes one
@@ -145,6 +148,7 @@ class Trl:
             config, lambda images, prompts, _: (images.mean((1, 2, 3)), {}),
             lambda: (f"A painting of a {next(animals)}", {}), pipeline)
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.unet.to(memory_format=memory_format)
         self.seconds = {}
         for method, part in (("_generate_samples", "sampling"),
                              ("_train_batched_samples", "updating")):
@@ -162,18 +166,19 @@ class Trl:
 
 
 def peer(rounds: int = 7) -> None:
+    import trl
+
+    as_it_is, like_ours = torch.contiguous_format, torch.channels_last
     with tempfile.TemporaryDirectory() as folder:
-        tasks = {f"TRL DDPO, micro-batch {size}": Trl(size, folder) for size in (8, 64)}
-        tasks |= {f"prdp.py PRDP, micro-batch {size}": Ours(size) for size in (8, 64, 256)}
-        seconds = median_seconds(tasks, rounds)
-    rows = []
-    for name, parts in seconds.items():
-        rows.append({"": name, **parts})
-        for size in (8, 64):
-            trl = seconds[f"TRL DDPO, micro-batch {size}"]
-            for part in ("sampling", "updating", "epoch"):
-                rows[-1][f"{part} / TRL {size}"] = parts[part] / trl[part]
-    report("peer", rows, rounds=rounds, threads=torch.get_num_threads(),
+        tasks = {f"TRL DDPO, {size}": Trl(size, folder, as_it_is) for size in (8, 64)}
+        tasks |= {f"TRL DDPO, {size}, channels_last": Trl(size, folder, like_ours)
+                  for size in (8, 64)}
+        tasks |= {f"prdp.py DDPO, {size}": Ours(size, "--objective", "ddpo")
+                  for size in (8, 64, 256)}
+        tasks |= {f"prdp.py PRDP, {size}": Ours(size) for size in (8, 64, 256)}
+        rows = [{"what, micro-batch": name, **parts}
+                for name, parts in median_seconds(tasks, rounds).items()]
+    report("peer", rows, rounds=rounds, threads=torch.get_num_threads(), trl=trl.__version__,
            images=PROMPTS * IMAGES, steps=STEPS)
 
 
@@ -303,6 +308,7 @@ def world(rounds: int = 3) -> None:
 def allreduce(rounds: int = 5) -> None:
     prdp.start_distributed()
     ours, rows = Ours(64), []
+    ours()  # the warm-up
     for _ in range(rounds):
         with timing("average_gradients") as durations:
             started = time.perf_counter()
@@ -316,99 +322,111 @@ def allreduce(rounds: int = 5) -> None:
 
 # -------------------------------------------------------------------------------------------- gpu
 
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12}  # dense bf16 FLOP/s
+PEAKS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16 FLOP/s
+VARIANTS = ("bf16", "channels_first", "gradient_checkpointing", "lora", "compile", "float32")
 
 
 def gpu() -> None:
-    """Images, updates and FLOP a second of SD v1.4's UNet, and hours for the presets."""
+    """Pairs (image, step) and FLOP a second of SD v1.4's UNet, and hours for the presets."""
     if not torch.cuda.is_available():
         sys.exit("benchmarks/speed.py: error: the part gpu needs a GPU")
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
+    torch.backends.cudnn.allow_tf32 = False  # as prdp.py has it
+    rows = []
+    for variant in VARIANTS:
+        policy = random_policy(variant, torch.device("cuda"))
+        optimizer = torch.optim.AdamW(policy.trained.values(), 1e-9, fused=True)
+        for size in (1, 2, 4, 8, 16, 32):
+            row = {"variant": variant, "micro-batch": size}
+            rows.append(row)
+            try:
+                measure_gpu(policy, optimizer, row)
+            except torch.OutOfMemoryError:
+                row["note"] = "out of memory"
+                break
+        del policy, optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
+        report("gpu", rows, latents="64 x 64")
+    for preset in ("small", "large", "multi"):
+        config = prdp.Config(**prdp.PRESETS[preset])
+        K = config.updates_per_epoch
+        for variant in ("bf16", "float32"):
+            of_its_size = [row for row in rows if row.get("micro-batch") == config.micro_batch_size
+                           and row["variant"] == variant and "pairs backward/s" in row]
+            for row in of_its_size:
+                pairs = config.prompts_per_epoch * config.images_per_prompt * config.num_steps
+                seconds = pairs * ((1 + K) / row["pairs/s"]  # sampling, reference, and for k > 1
+                                   + K / row["pairs backward/s"])
+                rows.append({"variant": f"--preset {preset} in {variant}, of 8 GPUs",
+                             "hours without decoding and rewards":
+                             config.num_epochs * seconds / 3600 / 8})
+    report("gpu", rows, latents="64 x 64")
 
-    device, name = torch.device("cuda"), torch.cuda.get_device_name()
-    peak = next((flops for gpu_name, flops in PEAKS.items() if gpu_name in name), float("nan"))
+
+def random_policy(variant: str, device: torch.device) -> prdp.Policy:
+    """A policy of Stable Diffusion v1.4's shape, of five steps, with random weights."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               steps_offset=1)
-    scheduler.set_timesteps(50)
-    rows = []
-    for variant in ("full", "gradient_checkpointing", "lora", "compile"):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        unet = unet.to(device, memory_format=torch.channels_last).eval()
-        if variant == "gradient_checkpointing":
-            unet.enable_gradient_checkpointing()
-        if variant == "lora":
-            from peft import LoraConfig
+    scheduler.set_timesteps(5)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet.to(device).eval()
+    if variant != "channels_first":
+        unet.to(memory_format=torch.channels_last)
+    if variant == "gradient_checkpointing":
+        unet.enable_gradient_checkpointing()
+    if variant == "lora":
+        from peft import LoraConfig
 
-            unet.requires_grad_(False)
-            unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k",
-                                                                             "to_v", "to_out.0"]))
-        if variant == "compile":
-            unet.compile(dynamic=True)
-        policy = prdp.Policy(unet, scheduler, torch.randn(1, 77, 768, device=device), GUIDANCE)
-        for size in (1, 2, 4, 8, 16, 32):
-            with contextlib.suppress(torch.OutOfMemoryError):
-                rows.append(measure_gpu(policy, variant, size, peak, FlopCounterMode))
-            torch.cuda.empty_cache()
-        del policy, unet
-    full = [row for row in rows if row["variant"] == "full"]
-    best = {key: max(row[key] for row in full) for key in ("calls/s", "updates/s")}
-    for preset, options in prdp.PRESETS.items():
-        if preset != "demo":
-            config = prdp.Config(**options)
-            pairs = config.prompts_per_epoch * config.images_per_prompt * config.num_steps
-            passes = 2 + (config.updates_per_epoch - 1)  # sampling, reference, and k > 1
-            seconds = pairs * (passes / best["calls/s"]
-                               + config.updates_per_epoch / best["updates/s"])
-            rows.append({"variant": f"--preset {preset} on 8 GPUs, rewards and decoding apart",
-                         "hours": config.num_epochs * seconds / 3600 / 8})
-    report("gpu", rows, steps=50, latents="64 x 64", bf16_peak=peak)
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16,
+                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    if variant == "compile":
+        unet.compile(dynamic=True)
+    negative_embeds = torch.randn(1, 77, 768, device=device)
+    return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE, variant != "float32")
 
 
-def measure_gpu(policy: prdp.Policy, variant: str, size: int, peak: float, counter) -> dict:
-    """One row: guided calls without and with a backward, of `size` (image, step) pairs each."""
-    device = policy.negative_embeds.device
-    torch.cuda.reset_peak_memory_stats()
+def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict) -> None:
+    """Fill in a row: sampling, then updating, in micro-batches of a size."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size, device = row["micro-batch"], policy.negative_embeds.device
     embeds = torch.randn(size, 77, 768, device=device)
-    latents = torch.randn(size, 51, 4, 64, 64, device=device)
+    latents = torch.randn(size, 6, 4, 64, 64, device=device)
     trajectories = prdp.Trajectories(embeds, latents, *[torch.empty(0)] * 3, {})
-    grad = torch.zeros(size, 50, dtype=torch.float64, device=device)
-    grad[:, 25] = 1e-6
+    grad = torch.full((size, 5), 1e-9, dtype=torch.float64, device=device)
+
+    def sample() -> None:
+        prdp.trajectory_log_probs(policy, embeds, latents, size)
 
     def update() -> None:
         prdp.backward_log_probs(policy, trajectories, grad, size)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def sample() -> None:
-        with torch.no_grad(), policy.autocast():
-            policy.mean_std(latents[:, 25], policy.scheduler.timesteps[25:26].to(device).expand(
-                size), embeds)
-
-    row = {"variant": variant, "micro-batch": size}
-    for task, key in ((sample, "calls/s"), (update, "updates/s")):
-        flops = float("nan")
-        if variant == "full" and task is sample:
-            with counter(display=False) as counted:
-                task()
-            flops = counted.get_total_flops()
-        started = time.perf_counter()
-        task()  # the warm-up; with compile it compiles
-        torch.cuda.synchronize()
-        row[f"first {key[:-2]}, s"] = time.perf_counter() - started
+    for key, task in (("pairs/s", sample), ("pairs backward/s", update)):
+        torch.cuda.reset_peak_memory_stats()
         started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < 3:
-            for _ in range(4):
-                task()
+        task()
+        torch.cuda.synchronize()
+        row[f"warm-up of {key}, s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        while time.perf_counter() - started < 4:
+            task()
             torch.cuda.synchronize()
-            count += 4
-        row[key] = count * size / (time.perf_counter() - started)
-        if flops == flops:
-            row["share of bf16 peak"] = row[key] / size * flops / peak
-    row["images/s at 50 steps"] = row["calls/s"] / 50
-    row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    for weight in policy.trained.values():
-        weight.grad = None
-    return row
+            count += 1
+        row[key] = 5 * size * count / (time.perf_counter() - started)
+        row[f"peak GiB, {key}"] = torch.cuda.max_memory_allocated() / 2**30
+    row["images/s at 50 steps"] = row["pairs/s"] / 50
+    peak = next((PEAKS[name] for name in PEAKS if name in torch.cuda.get_device_name()), None)
+    if row["variant"] == "bf16" and peak:
+        with FlopCounterMode(display=False) as counter:
+            sample()
+        flops = counter.get_total_flops() / (5 * size)  # of a guided pair
+        row["share of the bf16 peak"] = row["pairs/s"] * flops / peak
 
 
 def main() -> None:
