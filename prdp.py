@@ -575,21 +575,22 @@ def add_lora(pipeline: StableDiffusionPipeline, config: Config,
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images."""
-    errors = []
-    for variant in (None, "fp16"):  # a copy may hold the half-precision files alone
+    options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    try:
+        kind = StableDiffusionPipeline.load_config(model)["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}; only StableDiffusionPipeline, that is Stable "
+                             "Diffusion v1 and v2, is supported")
         try:
-            kind = StableDiffusionPipeline.load_config(model)["_class_name"]
-            if kind != "StableDiffusionPipeline":
-                raise ValueError(f"it is a {kind}; only StableDiffusionPipeline, that is Stable "
-                                 "Diffusion v1 and v2, is supported")
-            return StableDiffusionPipeline.from_pretrained(
-                model, variant=variant, dtype=torch.float32, safety_checker=None,
-                requires_safety_checker=False)
-        except Exception as error:  # of the hub, the network, or a damaged file
-            errors.append(str(error).partition("\n")[0])
-    raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
-                     f"({errors[0]}); without a network give a local folder, or point HF_HOME at a "
-                     "cache that holds it")
+            return StableDiffusionPipeline.from_pretrained(model, **options)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a copy may hold the half-precision files alone
+                return StableDiffusionPipeline.from_pretrained(model, variant="fp16", **options)
+            raise error
+    except Exception as error:  # of the hub, the network, or a damaged file
+        raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
+                         f"({str(error).splitlines()[0]}); without a network give a local folder, "
+                         "or point HF_HOME at a cache that holds it") from None
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
