@@ -711,7 +711,11 @@ class Run:
         self.folder = Path(folder)
 
     def claim(self, config: Config) -> None:
-        """Raise ValueError if the folder holds a checkpoint that was made with other flags."""
+        """Make the folder; raise ValueError if it cannot be, or holds a run with other flags."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--run {self.folder}: the folder cannot be made ({error})") from None
         if not self.checkpoints():
             return
         then, now = asdict(Config()) | read_config(self.folder), asdict(config)
@@ -767,7 +771,12 @@ class Run:
         """Go on from the newest checkpoint, if there is one; returns the metrics of its epochs."""
         if not self.checkpoints():
             return []
-        state = torch.load(self.checkpoints()[-1], map_location="cpu", mmap=True, weights_only=True)
+        newest = self.checkpoints()[-1]
+        try:
+            state = torch.load(newest, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # what a damaged file, or one with code in it, can raise
+            raise ValueError(f"{newest} is damaged ({type(error).__name__}); restore it, or give "
+                             "another --run") from None
         for name, weight in policy.trained.items():
             weight.data.copy_(state["unet"][name])
         optimizer.load_state_dict(state["optimizer"])

@@ -1310,6 +1310,17 @@ def test_a_run_made_with_other_flags_is_refused_and_kept(tmp_path):
     }
 
 
+def test_a_damaged_checkpoint_and_a_file_in_place_of_the_folder_get_a_sentence(tmp_path):
+    train(tmp_path / "run", "--num_epochs", "1")
+    checkpoint = tmp_path / "run/checkpoints/epoch_000001.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:10_000])
+    with pytest.raises(ValueError, match="epoch_000001.pt is damaged"):
+        train(tmp_path / "run", "--num_epochs", "2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--run .*file: the folder cannot be made"):
+        train(tmp_path / "file", "--num_epochs", "1")
+
+
 def test_without_peft_lora_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.delattr("peft.LoraConfig")
     with pytest.raises(ValueError, match="--lora_rank needs the package peft: pip install peft"):
