@@ -255,6 +255,11 @@ class Policy:
         return contextlib.nullcontext()
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters sit on the UNet."""
+        return hasattr(self.unet, "peft_config")
+
+    @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
         return {name: weight for name, weight in self.unet.named_parameters()
@@ -510,12 +515,12 @@ class Reference(Policy):
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        has_adapters = hasattr(self.unet, "peft_config")
-        self.unet.disable_adapters() if has_adapters else self.unet.to(self.negative_embeds.device)
+        device = self.negative_embeds.device
+        self.unet.disable_adapters() if self.has_adapters else self.unet.to(device)
         try:
             yield
         finally:
-            self.unet.enable_adapters() if has_adapters else self.unet.to("cpu")
+            self.unet.enable_adapters() if self.has_adapters else self.unet.to("cpu")
 
 
 def load_models(config: Config, device: torch.device, finetuned: Path | None = None) -> Models:
@@ -546,12 +551,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
     if not config.lora_rank:
         pipeline.unet.to("cpu")  # from where the reference fetches it
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     for network in {unet, pipeline.unet}:
-        network.to(memory_format=torch.channels_last)
-        if config.compile:
-            network.compile(dynamic=True)  # one graph for batches of any size: log-probs are exact
+        prepare_unet(network, config)
     shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision
     return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
 
@@ -571,6 +572,15 @@ def add_lora(pipeline: StableDiffusionPipeline, config: Config,
         r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
         target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return pipeline.unet
+
+
+def prepare_unet(unet: UNet2DConditionModel, config: Config) -> None:
+    """What changes a UNet's speed and memory alone."""
+    unet.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.compile:
+        unet.compile(dynamic=True)  # one graph for batches of any size: log-probs are exact
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
@@ -757,7 +767,7 @@ class Run:
 
     def save_weights(self, policy: Policy) -> None:
         """unet/, or with LoRA lora/, as diffusers loads them."""
-        if not hasattr(policy.unet, "peft_config"):
+        if not policy.has_adapters:
             with self.replacing("unet") as folder:
                 policy.unet.save_pretrained(folder)
         else:

@@ -1014,13 +1014,10 @@ def test_clip_and_pickscore_are_the_cosine_that_pickscores_authors_compute(tmp_p
         torch.testing.assert_close(reward(image[None], [prompt]), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", ["tiny", pytest.param("ViT-L-14", marks=slow)])
-def test_aesthetic_is_its_published_network(tmp_path, size):
-    save_clip(tmp_path / "clip", size)
-    clip = CLIPModel.from_pretrained(tmp_path / "clip").eval()
-    torch.manual_seed(1)
-    published = torch.nn.Sequential(
-        torch.nn.Linear(clip.config.projection_dim, 1024),
+def save_aesthetic_head(file: Path, width: int) -> torch.nn.Sequential:
+    """The published layers with random weights, which the file gets under their published names."""
+    head = torch.nn.Sequential(
+        torch.nn.Linear(width, 1024),
         torch.nn.Dropout(0.2),
         torch.nn.Linear(1024, 128),
         torch.nn.Dropout(0.2),
@@ -1029,9 +1026,18 @@ def test_aesthetic_is_its_published_network(tmp_path, size):
         torch.nn.Linear(64, 16),
         torch.nn.Linear(16, 1),
     ).eval()
-    head = {f"layers.{name}": weight for name, weight in published.state_dict().items()}
-    assert [*head][::2] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]  # as in its file
-    torch.save(head, tmp_path / "clip/sac+logos+ava1-l14-linearMSE.pth")
+    torch.save({f"layers.{name}": weight for name, weight in head.state_dict().items()}, file)
+    return head
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("ViT-L-14", marks=slow)])
+def test_aesthetic_is_its_published_network(tmp_path, size):
+    save_clip(tmp_path / "clip", size)
+    clip = CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    torch.manual_seed(1)
+    file = tmp_path / "clip/sac+logos+ava1-l14-linearMSE.pth"
+    published = save_aesthetic_head(file, clip.config.projection_dim)
+    assert [*torch.load(file)][::2] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]  # as its own
 
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "clip")
     reward = load_reward(f"aesthetic:{tmp_path}/clip", CPU)
@@ -1050,12 +1056,7 @@ def reward_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save({"state_dict": open_clip.create_model("ViT-H-14").state_dict()}, tmp_path / "hps.pt")
     shutil.copytree("demo/clip", tmp_path / "clip")
-    sizes = zip((0, 2, 4, 6, 7), itertools.pairwise((64, 1024, 128, 64, 16, 1)), strict=True)
-    head = {}
-    for i, (inputs, outputs) in sizes:
-        head[f"layers.{i}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
-        head[f"layers.{i}.bias"] = torch.randn(outputs)
-    torch.save(head, tmp_path / "clip/aesthetic-model.pth")
+    save_aesthetic_head(tmp_path / "clip/aesthetic-model.pth", width=64)
     return tmp_path
 
 

@@ -28,6 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -239,9 +240,7 @@ def skip(updates: int = 10) -> None:
         started = time.perf_counter()
         prdp.backward_log_probs(policy, trajectories, grad, ours.config.micro_batch_size)
         seconds = time.perf_counter() - started
-        flat = torch.cat([weight.grad.flatten() for weight in weights])
-        ours.optimizer.zero_grad()
-        return flat, seconds
+        return torch.cat([weight.grad.flatten() for weight in weights]), seconds
 
     for k in range(updates):
         log_probs = old if k == 0 else prdp.trajectory_log_probs(
@@ -250,17 +249,14 @@ def skip(updates: int = 10) -> None:
         (grad,) = torch.autograd.grad(prdp.objective(ours.config, log_probs, trajectories),
                                       log_probs)
         grad = grad.flatten(0, 1)
-        skipping, seconds = gradient(grad)
         # Entries of 1e-300 are not left out, and add nothing.
         everything, seconds_all = gradient(grad.where(grad != 0, 1e-300))
+        ours.optimizer.zero_grad()
+        skipping, seconds = gradient(grad)  # which the update then takes
         error = ((skipping - everything).norm() / everything.norm()).item()
         rows.append({"k": k + 1, "left out": (grad == 0).double().mean().item(),
                      "seconds": seconds, "seconds with all": seconds_all,
                      "relative difference of gradients": error})
-        start = 0
-        for weight in weights:
-            weight.grad = skipping[start : start + weight.numel()].view_as(weight).clone()
-            start += weight.numel()
         torch.nn.utils.clip_grad_norm_(weights, ours.config.max_grad_norm)
         ours.optimizer.step()
         ours.optimizer.zero_grad()
@@ -373,18 +369,14 @@ def random_policy(variant: str, device: torch.device) -> prdp.Policy:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.to(device).eval()
-    if variant != "channels_first":
-        unet.to(memory_format=torch.channels_last)
-    if variant == "gradient_checkpointing":
-        unet.enable_gradient_checkpointing()
-    if variant == "lora":
-        from peft import LoraConfig
-
+    config = prdp.Config(gradient_checkpointing=variant == "gradient_checkpointing",
+                         compile=variant == "compile", lora_rank=16 * (variant == "lora"))
+    if config.lora_rank:
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16,
-                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    if variant == "compile":
-        unet.compile(dynamic=True)
+        prdp.add_lora(SimpleNamespace(unet=unet), config, None)  # all that it takes of a pipeline
+    prdp.prepare_unet(unet, config)
+    if variant == "channels_first":
+        unet.to(memory_format=torch.contiguous_format)
     negative_embeds = torch.randn(1, 77, 768, device=device)
     return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE, variant != "float32")
 
