@@ -53,6 +53,7 @@ Deviations from the paper
 
 import contextlib
 import copy
+import fcntl
 import itertools
 import json
 import math
@@ -60,9 +61,13 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
+import traceback
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -81,7 +86,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import NAMES, prompt_file
-from rewards import Reward, load_reward
+from rewards import Reward, cause, load_reward
 
 # ---------------------------------------------------------------------------------------- §1 Config
 
@@ -125,6 +130,7 @@ class Config:
     mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it, not float32")
     compile: bool = HfArg(default=False, help="compile the UNet, which takes minutes at first")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
+    keep_checkpoints: int = HfArg(default=1, help="how many stay on disk, the newest")
     evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
 
@@ -162,7 +168,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
              "lora_rank": 0}
     least |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
-                            "micro_batch_size", "samples_per_prompt"), 1)
+                            "micro_batch_size", "samples_per_prompt", "keep_checkpoints"), 1)
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
@@ -356,6 +362,8 @@ def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
 class Trajectories:
     """One epoch's samples on this process: n of the N prompts, each with all of its B images."""
 
+    epoch: int
+    prompts: list[str]  # n
     prompt_embeds: Tensor  # (n * B, L, E)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
@@ -363,13 +371,20 @@ class Trajectories:
     rewards: Tensor  # (n, B) float32
     reward_terms: dict[str, Tensor]  # name -> (n, B) float32, what the reward is a weighted sum of
 
+    def check_finite(self, values: Tensor, name: str) -> None:
+        """Raise ValueError naming the prompt if values (n, ...) have a NaN or an infinity."""
+        for prompt, of_prompt in zip(self.prompts, values.flatten(1), strict=True):
+            if not (finite := of_prompt.isfinite()).all():
+                raise ValueError(f"epoch {self.epoch + 1}: {name} is {of_prompt[~finite][0]} for "
+                                 f"{prompt!r}; it changed no weight")
+
 
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
                   seconds: dict[str, float]) -> Trajectories:
     """First half of Algorithm 1: draw N prompts, sample B trajectories of each, score the images.
 
     Prompts and noise depend on (seed, epoch, prompt, image, step) alone, so any number of processes
-    sees the same. Adds to seconds. Raises ValueError if a reward is not a finite number.
+    sees the same. Adds to seconds. Raises ValueError if a reward or log-prob is not finite.
     """
     drawn_at = 0 if config.offline else epoch  # offline, the same pool is drawn again every epoch
     drawn = draw_prompts(prompts, config.prompts_per_epoch, f"{config.seed}/{drawn_at}")  # N
@@ -396,12 +411,14 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     with timed(seconds, "seconds_scoring"):
         terms = score_images(models, latents[:, -1], image_prompts, size)  # name -> (P,)
         rewards = models.reward.total(terms)  # (P,)
-    for prompt, reward in zip(image_prompts, rewards.tolist(), strict=True):
-        if not math.isfinite(reward):
-            raise ValueError(f"--reward {config.reward}: it is {reward} for {prompt!r} in epoch "
-                             f"{epoch + 1}")
-    return Trajectories(embeds, latents, log_probs_old.view(shape), log_probs_ref.view(shape),
-                        rewards.view(shape[:2]), {k: v.view(shape[:2]) for k, v in terms.items()})
+    trajectories = Trajectories(
+        epoch, [drawn[i] for i in mine], embeds, latents, log_probs_old.view(shape),
+        log_probs_ref.view(shape), rewards.view(shape[:2]),
+        {name: term.view(shape[:2]) for name, term in terms.items()})
+    trajectories.check_finite(trajectories.log_probs_old, "a log-prob of sampling")
+    trajectories.check_finite(trajectories.log_probs_ref, "a log-prob of the reference")
+    trajectories.check_finite(trajectories.rewards, f"--reward {config.reward}")
+    return trajectories
 
 
 def score_images(models: "Models", latents: Tensor, prompts: list[str],
@@ -430,14 +447,15 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
             ).view_as(old)  # (1)
         loss = objective(config, log_probs.requires_grad_(), trajectories)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
+        trajectories.check_finite(grad, f"update {k + 1}: the loss's gradient")
         backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
         weights = list(policy.trained.values())
         average_gradients(weights)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
-            raise ValueError(f"update {k + 1} of {config.updates_per_epoch} has the gradient norm "
-                             f"{grad_norm}; its step was not taken. Lower --learning_rate?")
+            raise ValueError(f"epoch {trajectories.epoch + 1}: update {k + 1}: the gradient's norm "
+                             f"is {grad_norm}; its step was not taken. Lower --learning_rate?")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
@@ -599,7 +617,7 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
             raise error
     except Exception as error:  # of the hub, the network, or a damaged file
         raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
-                         f"({str(error).splitlines()[0]}); without a network give a local folder, "
+                         f"({cause(error)}); without a network give a local folder, "
                          "or point HF_HOME at a cache that holds it") from None
 
 
@@ -610,16 +628,21 @@ def read_prompts(file: str, template: str) -> list[str]:
     """The distinct lines of a file or a named set in their order, each put into the template."""
     path = prompt_file(file) if file in NAMES else Path(file)
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has NUL bytes")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error}), and not one "
                          f"of the sets {', '.join(NAMES)}") from None
-    filled = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    filled = [line for line in lines if 0 < len(line) <= 10_000]  # else encoding takes seconds
     prompts = [template.replace("{}", line) for line in dict.fromkeys(filled)]
     if not prompts:
         raise ValueError(f"--prompts {file}: there is no prompt in it; write one a line")
-    say(f"{file}: {len(prompts)} prompts; left out {len(lines) - len(filled)} blank and "
+    say(f"{file}: {len(prompts)} prompts; left out {lines.count('')} blank and "
         f"{len(filled) - len(prompts)} repeated lines")
+    if too_long := len(lines) - lines.count("") - len(filled):
+        say(f"left out {too_long} lines of more than 10,000 characters")
     return prompts
 
 
@@ -672,10 +695,30 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+class PeerLost(Exception):
+    """This process could not go on because another one ended; that one has told why."""
+
+
+@contextlib.contextmanager
+def communicating() -> Iterator[None]:
+    """Around what takes part of every process."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"the connection to another process broke ({error})") from None
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        with communicating():
+            dist.barrier()
+
+
 def gather(values: Tensor) -> Tensor:
     """All processes' values (n, ...), one rank's after the other's, on every process: (N, ...)."""
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.contiguous()) if len(parts) > 1 else parts[0].copy_(values)
+    with communicating():
+        dist.all_gather(parts, values.contiguous()) if len(parts) > 1 else parts[0].copy_(values)
     return torch.cat(parts)
 
 
@@ -683,11 +726,11 @@ def gather(values: Tensor) -> Tensor:
 def first_of_each_machine_first() -> Iterator[None]:
     """The block runs in one process of a machine and then in its others: one fills the caches."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and not is_first:
-        dist.barrier()
+    if not is_first:
+        barrier()
     yield
-    if dist.is_initialized() and is_first:
-        dist.barrier()
+    if is_first:
+        barrier()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -696,7 +739,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is None:  # this process had no pair with a gradient
             parameter.grad = torch.zeros_like(parameter)
         if world_size() > 1:
-            dist.all_reduce(parameter.grad.div_(world_size()))
+            with communicating():
+                dist.all_reduce(parameter.grad.div_(world_size()))
 
 
 def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
@@ -715,22 +759,36 @@ def say(text: str) -> None:
 
 
 class Run:
-    """A run's folder. Files are written aside and renamed when whole: none is ever half there."""
+    """A run's folder. Files are written aside, and renamed when they are whole and on the disk.
+
+    So a process can be killed anywhere, or the disk be full, and what is there is whole. The newest
+    checkpoint is the truth of a run: metrics.jsonl and reward.png are written again from it.
+    """
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
 
     def claim(self, config: Config) -> None:
-        """Make the folder; raise ValueError if it cannot be, or holds a run with other flags."""
+        """Make the folder this run's, until the process ends; raises ValueError if it cannot be
+        written to, belongs to a process that lives, or holds a run with other flags."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.folder / "lock").open("w")
         except OSError as error:
-            raise ValueError(f"--run {self.folder}: the folder cannot be made ({error})") from None
+            raise ValueError(f"--run {self.folder}: it cannot be written to ({error})") from None
+        try:
+            if rank() == 0:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--run {self.folder}: another process is at work on it; wait for its "
+                             "end, or give another --run") from None
+        except OSError:
+            say(f"{self.folder} is on a file system without locks: start no second run on it")
         if not self.checkpoints():
             return
         then, now = asdict(Config()) | read_config(self.folder), asdict(config)
         free = {"run", "num_epochs", "micro_batch_size", "gradient_checkpointing", "evaluate",
-                "samples_per_prompt"}
+                "keep_checkpoints", "samples_per_prompt"}
         changed = [f"--{name} {then[name]} and not {now[name]}" for name in now
                    if name not in free and then[name] != now[name]]
         if changed:
@@ -739,14 +797,26 @@ class Run:
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """The path to write the file or folder to until it is whole."""
+        """The path to write the file or folder to until it is whole; raises ValueError, and leaves
+        the one before as it was, if it cannot be written."""
         file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(file.name + ".tmp")
-        yield temporary
-        if file.is_dir():
-            shutil.rmtree(file)
-        os.replace(temporary, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            delete(temporary)  # of a process that was killed
+            yield temporary
+            for written in (temporary, *temporary.rglob("*")):
+                flush(written)
+            if file.is_dir():
+                delete(file)
+            os.replace(temporary, file)
+            flush(file.parent)
+        except Exception as error:  # of the disk, which torch.save hides behind one of its own
+            with contextlib.suppress(OSError):
+                delete(temporary)
+            raise ValueError(
+                f"{file} cannot be written ({cause(error.__context__ or error)}); when it can, the "
+                "same command goes on after the last epoch that was saved") from None
 
     def write_json(self, name: str, content: dict) -> None:
         with self.replacing(name) as file:
@@ -756,13 +826,16 @@ class Run:
         return sorted(self.folder.glob("checkpoints/epoch_*.pt"))
 
     def save_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer,
-                        metrics: list[dict]) -> None:
-        """All that the next epoch needs, in place of the checkpoint before."""
-        with self.replacing(f"checkpoints/epoch_{len(metrics):06}.pt") as file:
+                        metrics: list[dict], config: Config) -> None:
+        """All that the next epoch needs; the checkpoints it supersedes go."""
+        name = f"checkpoints/epoch_{len(metrics):06}.pt"
+        with self.replacing(name) as path, path.open("wb") as file:
             weights = {name: weight.detach() for name, weight in policy.trained.items()}
-            torch.save({"metrics": metrics, "unet": weights,
-                        "optimizer": optimizer.state_dict()}, file)
-        for superseded in self.checkpoints()[:-1]:
+            torch.save({"config": asdict(config), "epoch": len(metrics), "metrics": metrics,
+                        "unet": weights, "optimizer": optimizer.state_dict()}, file)
+        # Those of later epochs were damaged, or this epoch would not have been trained again.
+        past = [file for file in self.checkpoints() if file <= self.folder / name]
+        for superseded in set(self.checkpoints()) - set(past[-config.keep_checkpoints :]):
             superseded.unlink()
 
     def save_weights(self, policy: Policy) -> None:
@@ -778,20 +851,31 @@ class Run:
                     folder, get_peft_model_state_dict(policy.unet))
 
     def load_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Go on from the newest checkpoint, if there is one; returns the metrics of its epochs."""
-        if not self.checkpoints():
-            return []
-        newest = self.checkpoints()[-1]
-        try:
-            state = torch.load(newest, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # what a damaged file, or one with code in it, can raise
-            raise ValueError(f"{newest} is damaged ({type(error).__name__}); restore it, or give "
-                             "another --run") from None
-        for name, weight in policy.trained.items():
-            weight.data.copy_(state["unet"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        say(f"continuing {self.folder} after epoch {len(state['metrics'])}")
-        return state["metrics"]
+        """Go on from the newest whole checkpoint; returns the metrics of its epochs, [] without
+        any. Raises ValueError if there are some but none is whole."""
+        damaged = []
+        for file in reversed(self.checkpoints()):
+            try:
+                if part := zipfile.ZipFile(file).testzip():  # torch.load checks no checksums
+                    raise ValueError(f"its part {part} is damaged")
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                shapes, trained = ({name: weight.shape for name, weight in weights.items()}
+                                   for weights in (state["unet"], policy.trained))
+                if shapes != trained:
+                    raise ValueError("it holds the weights of another network")
+                optimizer.load_state_dict(state["optimizer"])
+            except Exception as error:  # what a damaged file, or one with code in it, can raise
+                damaged.append(f"{file} ({cause(error)})")
+                continue
+            for name, weight in policy.trained.items():
+                weight.data.copy_(state["unet"][name])
+            say("".join(f"passing over {name}\n" for name in damaged)
+                + f"continuing {self.folder} after epoch {len(state['metrics'])}")
+            return state["metrics"]
+        if damaged:
+            raise ValueError(f"no checkpoint is whole: {', '.join(damaged)}; restore one, or give "
+                             "another --run")
+        return []
 
     def write_metrics(self, metrics: list[dict]) -> None:
         """metrics.jsonl, one line an epoch, and reward.png, the curve."""
@@ -805,14 +889,27 @@ class Run:
             figure.savefig(file, dpi=120, format="png")
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def read_config(folder: Path) -> dict:
     """The flags that a run was made with."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = dict(json.loads((folder / "config.json").read_text()))
         if unknown := config.keys() - asdict(Config()).keys():
             raise ValueError(f"its config.json has {', '.join(unknown)}")
         return config
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not the folder of a run ({error})") from None
 
 
@@ -883,7 +980,9 @@ def train(config: Config, device: torch.device) -> None:
     if rank() == 0:
         run.write_json("config.json", asdict(config))
         for finished in ("unet", "lora"):  # will be out of date
-            shutil.rmtree(run.folder / finished, ignore_errors=True)
+            delete(run.folder / finished)
+        if metrics:  # which the last process may have been kept from writing
+            run.write_metrics(metrics)
 
     for epoch in range(len(metrics), config.num_epochs):
         if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
@@ -896,8 +995,8 @@ def train(config: Config, device: torch.device) -> None:
                         "peak_gib": peak_gib()})
         say(" | ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v is not None))
         if rank() == 0:
+            run.save_checkpoint(policy, optimizer, metrics, config)
             run.write_metrics(metrics)
-            run.save_checkpoint(policy, optimizer, metrics)
     if rank() == 0:
         name = f"samples/epoch_{config.num_epochs:04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
@@ -998,19 +1097,39 @@ def main() -> None:
         config = parse_config()
         evaluate(config, device) if config.evaluate else train(config, device)
     except Exception as error:
-        # What all processes meet, the first tells, and its end breaks the others' connections:
-        # torchrun stops them before they tell of either.
-        time.sleep(5 * (rank() > 0))
+        # The cause is told once: by rank 0 if all meet it, and else by the one that does; by then
+        # torchrun has stopped those that wait here. Only other machines' processes wait in vain.
+        time.sleep(30 if isinstance(error, PeerLost) else 5 * (rank() > 0))
         if isinstance(error, torch.OutOfMemoryError):
             error = (f"{device} is out of memory; lower --micro_batch_size (it is "
                      f"{config.micro_batch_size}), or train with --gradient_checkpointing or "
                      "--lora_rank")
-        elif not isinstance(error, ValueError):
-            raise
-        sys.exit(f"prdp.py: error: {error}")
+        elif not isinstance(error, (ValueError, PeerLost)):
+            traceback.print_exc()
+            error = f"{type(error).__name__}: {error}"
+        sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def end_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end this process at once, amid a collective too, in one sentence."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # Python would run it only after the collective
+
+    def wait() -> None:
+        number = os.read(reader, 1)[0]
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            say(f"stopped by {signal.Signals(number).name}; the same command goes on after the "
+                "last epoch that was saved")
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_on_signals()
     main()

@@ -262,12 +262,16 @@ def loading(spec: str, source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        reason = f"--reward {spec}: {source} cannot be loaded ({cause})"
+        reason = f"--reward {spec}: {source} cannot be loaded ({cause(error)})"
         if not Path(source).exists():
             reason += (f"; without a network give a local copy, as in {spec.partition(':')[0]}:"
                        "PATH, or point HF_HOME at a cache that holds it")
         raise ValueError(reason) from error
+
+
+def cause(error: Exception) -> str:
+    """The first line of what an error says, which is all that fits into a sentence."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def download(repository: str, name: str) -> Path:

@@ -388,7 +388,7 @@ def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict
     size, device = row["micro-batch"], policy.negative_embeds.device
     embeds = torch.randn(size, 77, 768, device=device)
     latents = torch.randn(size, 6, 4, 64, 64, device=device)
-    trajectories = prdp.Trajectories(embeds, latents, *[torch.empty(0)] * 3, {})
+    trajectories = prdp.Trajectories(0, [], embeds, latents, *[torch.empty(0)] * 3, {})
     grad = torch.full((size, 5), 1e-9, dtype=torch.float64, device=device)
 
     def sample() -> None:
