@@ -583,7 +583,8 @@ def add_lora(pipeline: StableDiffusionPipeline, config: Config,
     except ImportError:
         raise ValueError("--lora_rank needs the package peft: pip install peft") from None
     if finetuned:
-        pipeline.load_lora_weights(finetuned / "lora")
+        pipeline.load_lora_weights(finetuned / "lora",
+                                   weight_name="pytorch_lora_weights.safetensors")
         return pipeline.unet
     torch.manual_seed(config.seed)  # the same adapters in every process
     pipeline.unet.add_adapter(LoraConfig(
@@ -678,13 +679,19 @@ def start_distributed() -> torch.device:
         torch.cuda.set_device(local_rank)
     elif local_size > 1:  # torchrun gave each process one thread
         torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if "LOCAL_RANK" in os.environ:
-        # Long, because the others wait while rank 0 draws grids and writes checkpoints.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
-                                device_id=torch.device("cuda", local_rank) if on_gpu else None)
+        store, this_rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count restarts apart
+            # Else processes that torchrun started again find the addresses of those that ended.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        # A long timeout, as the others wait while rank 0 draws grids and writes checkpoints.
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=this_rank,
+                                world_size=size, timeout=timedelta(hours=2),
+                                device_id=device if on_gpu else None)
     if not on_gpu and torch.cuda.is_available():
         say(f"{local_size} processes, {torch.cuda.device_count()} GPUs: computing on the CPU")
-    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return device
 
 
 def world_size() -> int:
@@ -827,16 +834,12 @@ class Run:
 
     def save_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer,
                         metrics: list[dict], config: Config) -> None:
-        """All that the next epoch needs; the checkpoints it supersedes go."""
+        """All that the next epoch needs."""
         name = f"checkpoints/epoch_{len(metrics):06}.pt"
         with self.replacing(name) as path, path.open("wb") as file:
             weights = {name: weight.detach() for name, weight in policy.trained.items()}
             torch.save({"config": asdict(config), "epoch": len(metrics), "metrics": metrics,
                         "unet": weights, "optimizer": optimizer.state_dict()}, file)
-        # Those of later epochs were damaged, or this epoch would not have been trained again.
-        past = [file for file in self.checkpoints() if file <= self.folder / name]
-        for superseded in set(self.checkpoints()) - set(past[-config.keep_checkpoints :]):
-            superseded.unlink()
 
     def save_weights(self, policy: Policy) -> None:
         """unet/, or with LoRA lora/, as diffusers loads them."""
@@ -877,8 +880,9 @@ class Run:
                              "another --run")
         return []
 
-    def write_metrics(self, metrics: list[dict]) -> None:
-        """metrics.jsonl, one line an epoch, and reward.png, the curve."""
+    def follow_up(self, metrics: list[dict], config: Config) -> None:
+        """What follows from a checkpoint: metrics.jsonl, one line an epoch, reward.png, the curve,
+        and the end of checkpoints too old to keep."""
         with self.replacing("metrics.jsonl") as file:
             file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -887,6 +891,10 @@ class Run:
         axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
         with self.replacing("reward.png") as file:
             figure.savefig(file, dpi=120, format="png")
+        # One of a later epoch is damaged, or this one would not have been trained again.
+        past = [file for file in self.checkpoints() if file.stem <= f"epoch_{len(metrics):06}"]
+        for superseded in past[: -config.keep_checkpoints]:
+            superseded.unlink()
 
 
 def flush(path: Path) -> None:
@@ -981,8 +989,8 @@ def train(config: Config, device: torch.device) -> None:
         run.write_json("config.json", asdict(config))
         for finished in ("unet", "lora"):  # will be out of date
             delete(run.folder / finished)
-        if metrics:  # which the last process may have been kept from writing
-            run.write_metrics(metrics)
+        if metrics:  # the process before may have been killed ahead of it
+            run.follow_up(metrics, config)
 
     for epoch in range(len(metrics), config.num_epochs):
         if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
@@ -996,7 +1004,7 @@ def train(config: Config, device: torch.device) -> None:
         say(" | ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v is not None))
         if rank() == 0:
             run.save_checkpoint(policy, optimizer, metrics, config)
-            run.write_metrics(metrics)
+            run.follow_up(metrics, config)
     if rank() == 0:
         name = f"samples/epoch_{config.num_epochs:04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
