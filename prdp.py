@@ -78,15 +78,15 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import NAMES, prompt_file
-from rewards import Reward, cause, load_reward
+from rewards import Reward, cause, load_network, load_reward
 
 # ---------------------------------------------------------------------------------------- §1 Config
 
@@ -564,7 +564,7 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     if config.lora_rank:
         unet = add_lora(pipeline, config, finetuned)
     elif finetuned:
-        unet = UNet2DConditionModel.from_pretrained(finetuned / "unet").to(device).eval()
+        unet = load_network(UNet2DConditionModel, finetuned / "unet").to(device)
     else:
         unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
     if not config.lora_rank:
@@ -603,19 +603,28 @@ def prepare_unet(unet: UNet2DConditionModel, config: Config) -> None:
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
-    """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images."""
-    options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images.
+
+    Part by part: diffusers' own loader would take the classes, even scripts, that the folder names.
+    """
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     try:
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}; only StableDiffusionPipeline, that is Stable "
                              "Diffusion v1 and v2, is supported")
-        try:
-            return StableDiffusionPipeline.from_pretrained(model, **options)
-        except Exception as error:
-            with contextlib.suppress(Exception):  # a copy may hold the half-precision files alone
-                return StableDiffusionPipeline.from_pretrained(model, variant="fp16", **options)
-            raise error
+        for name, loader in networks.items():
+            try:
+                networks[name] = load_network(loader, model, subfolder=name)
+            except Exception as error:
+                with contextlib.suppress(Exception):  # a copy may hold half precision alone
+                    networks[name] = load_network(loader, model, subfolder=name, variant="fp16")
+                    continue
+                raise error
+        return StableDiffusionPipeline(
+            **networks, tokenizer=CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
+            scheduler=DDIMScheduler.from_pretrained(model, subfolder="scheduler"),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     except Exception as error:  # of the hub, the network, or a damaged file
         raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
                          f"({cause(error)}); without a network give a local folder, "

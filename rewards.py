@@ -152,9 +152,9 @@ def load_clip(spec: str, device: torch.device | str) -> Scorer:
     if not source:
         raise ValueError(f"--reward {spec}: name the model, {spec.partition(':')[0]}:FOLDER")
     with loading(spec, source):
-        network = load_transformer(CLIPModel, source)
+        network = load_network(CLIPModel, source)
     with loading(spec, processor_source):
-        processor = CLIPProcessor.from_pretrained(processor_source)
+        processor = CLIPProcessor.from_pretrained(processor_source, trust_remote_code=False)
     network.to(device)
     longest = network.config.text_config.max_position_embeddings  # 77 tokens
 
@@ -194,7 +194,7 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
     source, head_source = (local or hub_id for hub_id in
                            ("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"))
     with loading(spec, source):
-        network = load_transformer(CLIPVisionModelWithProjection, source)
+        network = load_network(CLIPVisionModelWithProjection, source)
         processor = CLIPImageProcessor.from_pretrained(source)
 
     # No activations: as published, it is linear from end to end.
@@ -281,13 +281,13 @@ def download(repository: str, name: str) -> Path:
     return Path(hf_hub_download(repository, name))
 
 
-def load_transformer(loader: type, source: str) -> nn.Module:
+def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
     """loader.from_pretrained(source) in float32 and eval mode, without a weight made up."""
     network, report = loader.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     for misfit in sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
         raise ValueError(f"it does not fit {loader.__name__}: {misfit}")
-    return network.eval()
+    return network.float().eval()
 
 
 def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:

@@ -953,6 +953,44 @@ def test_a_checkpoint_of_another_network_or_with_code_in_it_is_refused(tmp_path,
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_pipeline_that_lacks_a_weight_or_has_code_in_it_is_refused(tmp_path):
+    code = f"open({str(tmp_path / 'sprung')!r}, 'w')\nfrom diffusers import {{}} as Mine\n"
+    for number, (part, file, change, message) in enumerate(
+        (
+            ("unet", "diffusion_pytorch_model", "a weight less", "conv_in.weight"),
+            ("vae", "diffusion_pytorch_model", "other shapes", "decoder.conv_in.bias"),
+            ("text_encoder", "model", "a weight less", "final_layer_norm.bias"),
+            ("unet", "diffusion_pytorch_model", "a pickle", "Unable to load weights"),
+            ("text_encoder", "pytorch_model", "a pickle", "UnpicklingError"),
+            ("scheduler", "PNDMScheduler", "a script", None),
+            ("feature_extractor", "CLIPImageProcessor", "a script", None),
+        )
+    ):
+        model = tmp_path / str(number)
+        shutil.copytree("demo/model", model)
+        if change == "a script":
+            index = json.loads((model / "model_index.json").read_text())
+            (model / "model_index.json").write_text(json.dumps(index | {part: ["mine", "Mine"]}))
+            (model / part).mkdir(exist_ok=True)
+            (model / part / "mine.py").write_text(code.format(file))
+        elif change == "a pickle":
+            next((model / part).glob("*.safetensors")).unlink()
+            torch.save({"trap": Trap(tmp_path / "sprung")}, model / part / f"{file}.bin")
+        else:
+            content = safetensors.torch.load_file(model / part / f"{file}.safetensors")
+            weight = content.pop(message)
+            if change == "other shapes":
+                content[message] = weight[1:].clone()
+            safetensors.torch.save_file(content, model / part / f"{file}.safetensors")
+        if message is None:  # it is not asked for
+            prdp.load_pipeline(str(model))
+            continue
+        with pytest.raises(ValueError, match=f"--model .* cannot be loaded .*{message}") as error:
+            prdp.load_pipeline(str(model))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "sprung").exists()
+
+
 def mutate(content: bytes, rng: random.Random) -> bytes:
     """Cut short, flip bits, zero a stretch, put bytes in, or take some out."""
     content, at = bytearray(content), rng.randrange(len(content))
@@ -1172,7 +1210,7 @@ class Launch:
         return [process.exitcode for process in self.processes]
 
 
-TWELVE = "--num_epochs 3 --prompts_per_epoch 12 --images_per_prompt 2".split()
+TWELVE = "--num_epochs 3 --prompts_per_epoch 12 --images_per_prompt 2 --num_steps 2".split()
 
 
 def test_1_2_3_and_4_processes_draw_the_same_and_follow_the_same_curve(tmp_path):
