@@ -548,9 +548,7 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     pipeline = load_pipeline(config.model).to(device)
     for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         frozen.eval().requires_grad_(False)
-    # Only its noise schedule and timesteps are used; `ddim_mean_std` is the step.
-    scheduler = DDIMScheduler.from_config(  # steps end at t = 1, before which there is a t = 0
-        pipeline.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    scheduler = pipeline.scheduler
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"--model {config.model} predicts {scheduler.config.prediction_type!r}; "
                          "only epsilon and v_prediction are supported")
@@ -561,10 +559,10 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     with torch.no_grad():
         negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
 
-    if config.lora_rank:
-        unet = add_lora(pipeline, config, finetuned)
-    elif finetuned:
-        unet = load_network(UNet2DConditionModel, finetuned / "unet").to(device)
+    if finetuned:
+        unet = load_finetuned(pipeline, config, finetuned).to(device)
+    elif config.lora_rank:
+        unet = add_lora(pipeline, config)
     else:
         unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
     if not config.lora_rank:
@@ -575,22 +573,30 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
 
 
-def add_lora(pipeline: StableDiffusionPipeline, config: Config,
-             finetuned: Path | None) -> UNet2DConditionModel:
-    """The pipeline's UNet with LoRA adapters on its attention, new ones or those of a run."""
+def add_lora(pipeline: StableDiffusionPipeline, config: Config) -> UNet2DConditionModel:
+    """The pipeline's UNet with new LoRA adapters on its attention."""
     try:
         from peft import LoraConfig
     except ImportError:
         raise ValueError("--lora_rank needs the package peft: pip install peft") from None
-    if finetuned:
-        pipeline.load_lora_weights(finetuned / "lora",
-                                   weight_name="pytorch_lora_weights.safetensors")
-        return pipeline.unet
     torch.manual_seed(config.seed)  # the same adapters in every process
     pipeline.unet.add_adapter(LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
         target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return pipeline.unet
+
+
+def load_finetuned(pipeline: StableDiffusionPipeline, config: Config,
+                   run: Path) -> UNet2DConditionModel:
+    """The policy at a run's end, from unet/, or from lora/ as adapters on the pipeline's UNet."""
+    try:
+        if not config.lora_rank:
+            return load_network(UNet2DConditionModel, run / "unet")
+        pipeline.load_lora_weights(run / "lora", weight_name="pytorch_lora_weights.safetensors")
+        return pipeline.unet
+    except Exception as error:
+        raise ValueError(f"--evaluate {run}: its weights cannot be loaded "
+                         f"({cause(error)})") from None
 
 
 def prepare_unet(unet: UNet2DConditionModel, config: Config) -> None:
@@ -621,10 +627,13 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
                     networks[name] = load_network(loader, model, subfolder=name, variant="fp16")
                     continue
                 raise error
+        # Of it, only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
+        scheduler = DDIMScheduler.from_pretrained(  # steps end at t = 1, before which is a t = 0
+            model, subfolder="scheduler", timestep_spacing="leading", steps_offset=1)
+        tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
         return StableDiffusionPipeline(
-            **networks, tokenizer=CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
-            scheduler=DDIMScheduler.from_pretrained(model, subfolder="scheduler"),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            **networks, scheduler=scheduler, tokenizer=tokenizer, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False)
     except Exception as error:  # of the hub, the network, or a damaged file
         raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
                          f"({cause(error)}); without a network give a local folder, "

@@ -762,6 +762,10 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     assert result["base"] == result["finetuned"] and result["base"]["standard_error"] > 0
     assert result["prompts_improved"] == 0
     assert (tmp_path / "run/evaluation-two.png").exists() and "clip" in capsys.readouterr().out
+    file = tmp_path / "run/unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="--evaluate .*run: its weights cannot be loaded"):
+        prdp.evaluate(config, CPU)
 
 
 # ------------------------------------------------------------ kills, full disks, bad numbers, files
