@@ -373,7 +373,7 @@ def random_policy(variant: str, device: torch.device) -> prdp.Policy:
                          compile=variant == "compile", lora_rank=16 * (variant == "lora"))
     if config.lora_rank:
         unet.requires_grad_(False)
-        prdp.add_lora(SimpleNamespace(unet=unet), config, None)  # all that it takes of a pipeline
+        prdp.add_lora(SimpleNamespace(unet=unet), config)  # all that it takes of a pipeline
     prdp.prepare_unet(unet, config)
     if variant == "channels_first":
         unet.to(memory_format=torch.contiguous_format)
