@@ -669,7 +669,7 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
     assert not torch.isclose(log_probs, expected, atol=1e-5).all()
 
     pipeline = prdp.load_pipeline("demo/model")
-    pipeline.load_lora_weights(tmp_path / "run/lora")
+    pipeline.load_lora_weights(tmp_path / "run/lora", weight_name=Path(adapters).name)
     loaded = replace(models.policy, unet=pipeline.unet.to(**channels_last))
     assert torch.equal(prdp.trajectory_log_probs(loaded, embeds, latents, 5), log_probs)
     prdp.evaluate(config, CPU)
@@ -1319,7 +1319,7 @@ def test_a_run_killed_at_any_moment_ends_bit_equal_to_one_that_was_not(tmp_path)
 
 @slow
 def test_60_runs_killed_at_any_moment_end_bit_equal_to_one_that_was_not(tmp_path):
-    check_kills(tmp_path, 60, "--num_epochs", "3", "--prompts_per_epoch", "8")
+    check_kills(tmp_path, 60, "--num_epochs", "3")
 
 
 @slow
