@@ -1299,18 +1299,17 @@ def check_kills(folder: Path, count: int, *flags: str) -> None:
     started = time.monotonic()
     assert whole.end(within=300) == [0, 0]
     seconds, cut_short = time.monotonic() - started, 0
-    for trial in range(count):
-        launch = Launch(folder / str(trial), 2, *flags)
+    while cut_short < count:  # a run that ended before its moment came is drawn again
+        launch = Launch(folder / "killed", 2, *flags)
         launch.wait_for("config.json")
         time.sleep(rng.uniform(0, seconds))
         for process in rng.choice([launch.processes, launch.processes[:1], launch.processes[1:]]):
             process.kill()
         cut_short += any(launch.end())
-        again = Launch(folder / str(trial), 2, *flags)
+        again = Launch(folder / "killed", 2, *flags)
         assert again.end(within=300) == [0, 0], again.log.read_text()
         assert ending(again.run) == ending(whole.run)
         shutil.rmtree(again.run)
-    assert cut_short > 0.7 * count
 
 
 def test_a_run_killed_at_any_moment_ends_bit_equal_to_one_that_was_not(tmp_path):
