@@ -72,7 +72,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import diffusers
 import torch
@@ -118,7 +118,7 @@ class Config:
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
-    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat per element and step")
+    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat, a nat of mean log-prob")
     num_steps: int = HfArg(default=50, help="T: denoising steps")
     clip_range: float = HfArg(default=1e-6, help="eps: clip of a step, nats per element, or inf")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance, part of the policy")
@@ -152,12 +152,17 @@ PRESETS = {
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags beat the preset; with --evaluate they beat what the run was made with."""
+
+    def fail(message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the flags")
+
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.error = fail  # else argparse ends every process with a message of its own
     given = parser.parse_args(arguments)
     defaults = read_config(Path(given.evaluate)) if given.evaluate else PRESETS[given.preset]
-    if any(argument.partition("=")[0] == "--prompts" for argument in arguments):
-        defaults = defaults | {"prompt_template": "{}"}  # the default's went with its own list
+    if given.prompts != Config().prompts:
+        defaults = defaults | {"prompt_template": "{}"}  # the default's is for its own list
     parser.set_defaults(**asdict(Config()) | defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if config.run is None:
@@ -172,8 +177,11 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
+    if "{}" not in config.prompt_template:
+        raise ValueError(f"--prompt_template {config.prompt_template!r}: there is no {{}} in it")
     if config.evaluate and config.lora_rank != defaults.get("lora_rank", 0):
-        raise ValueError(f"--lora_rank {config.lora_rank}: the run has {defaults['lora_rank']}")
+        raise ValueError(f"--lora_rank {config.lora_rank}: must be the run's, "
+                         f"{defaults['lora_rank']}")
     if config.offline and config.objective == "ddpo":
         raise ValueError("--offline: ddpo is a policy gradient and needs its policy's samples")
     return config
@@ -376,7 +384,7 @@ class Trajectories:
         for prompt, of_prompt in zip(self.prompts, values.flatten(1), strict=True):
             if not (finite := of_prompt.isfinite()).all():
                 raise ValueError(f"epoch {self.epoch + 1}: {name} is {of_prompt[~finite][0]} for "
-                                 f"{prompt!r}; it changed no weight")
+                                 f"{prompt!r}; nothing of this epoch is saved")
 
 
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
@@ -445,7 +453,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
             log_probs = trajectory_log_probs(
                 policy, trajectories.prompt_embeds, trajectories.latents, config.micro_batch_size
             ).view_as(old)  # (1)
-        loss = objective(config, log_probs.requires_grad_(), trajectories)
+        loss = objective_loss(config, log_probs.requires_grad_(), trajectories)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
         trajectories.check_finite(grad, f"update {k + 1}: the loss's gradient")
         backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
@@ -455,17 +463,20 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
             raise ValueError(f"epoch {trajectories.epoch + 1}: update {k + 1}: the gradient's norm "
-                             f"is {grad_norm}; its step was not taken. Lower --learning_rate?")
+                             f"is {grad_norm}; nothing of this epoch is saved")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
         clipped = ((log_probs.detach() - old).abs() > config.clip_range).double().mean()
         history.append([loss.item(), clipped.item(), grad_norm.item()])
+    if not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(f"epoch {trajectories.epoch + 1}: an update left weights that are not "
+                         "finite; nothing of this epoch is saved")
     means = torch.tensor(history).mean(0).tolist()
     return dict(zip(("loss", "clip_fraction", "grad_norm"), means, strict=True))
 
 
-def objective(config: Config, log_probs: Tensor, trajectories: Trajectories) -> Tensor:
+def objective_loss(config: Config, log_probs: Tensor, trajectories: Trajectories) -> Tensor:
     """The loss of --objective at log_probs (n, B, T), a scalar."""
     old, rewards = trajectories.log_probs_old, trajectories.rewards.double()
     if config.objective == "prdp":
@@ -629,7 +640,8 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
                 raise error
         # Of it, only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
         scheduler = DDIMScheduler.from_pretrained(  # steps end at t = 1, before which is a t = 0
-            model, subfolder="scheduler", timestep_spacing="leading", steps_offset=1)
+            model, subfolder="scheduler", timestep_spacing="leading", steps_offset=1,
+            clip_sample=False)
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
         return StableDiffusionPipeline(
             **networks, scheduler=scheduler, tokenizer=tokenizer, safety_checker=None,
@@ -800,25 +812,26 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = (self.folder / "lock").open("w")
         except OSError as error:
-            raise ValueError(f"--run {self.folder}: it cannot be written to ({error})") from None
+            raise ValueError(f"--run_dir {self.folder}: not a folder that can be written to "
+                             f"({error})") from None
         try:
             if rank() == 0:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--run {self.folder}: another process is at work on it; wait for its "
-                             "end, or give another --run") from None
+            raise ValueError(f"--run_dir {self.folder}: another process is at work on it; wait for "
+                             "its end, or give another --run_dir") from None
         except OSError:
             say(f"{self.folder} is on a file system without locks: start no second run on it")
         if not self.checkpoints():
             return
         then, now = asdict(Config()) | read_config(self.folder), asdict(config)
-        free = {"run", "num_epochs", "micro_batch_size", "gradient_checkpointing", "evaluate",
-                "keep_checkpoints", "samples_per_prompt"}
+        may_change = {"run", "num_epochs", "micro_batch_size", "gradient_checkpointing",
+                      "evaluate", "keep_checkpoints", "samples_per_prompt"}
         changed = [f"--{name} {then[name]} and not {now[name]}" for name in now
-                   if name not in free and then[name] != now[name]]
+                   if name not in may_change and then[name] != now[name]]
         if changed:
-            raise ValueError(f"--run {self.folder} was made with {', '.join(changed)}; give "
-                             "another --run")
+            raise ValueError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
+                             "another --run_dir")
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -895,7 +908,7 @@ class Run:
             return state["metrics"]
         if damaged:
             raise ValueError(f"no checkpoint is whole: {', '.join(damaged)}; restore one, or give "
-                             "another --run")
+                             "another --run_dir")
         return []
 
     def follow_up(self, metrics: list[dict], config: Config) -> None:
@@ -933,10 +946,11 @@ def read_config(folder: Path) -> dict:
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
         if unknown := config.keys() - asdict(Config()).keys():
-            raise ValueError(f"its config.json has {', '.join(unknown)}")
+            raise ValueError(f"no flag is named {', '.join(unknown)}")
         return config
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not the folder of a run ({error})") from None
+        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
+                         f"({error})") from None
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
@@ -974,8 +988,7 @@ def peak_gib() -> float:
     """Peak memory of this process so far: of its GPU, or without one its resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ---------------------------------------------------------------------------- §9 Train and evaluate
@@ -999,10 +1012,11 @@ def train(config: Config, device: torch.device) -> None:
     metrics = run.load_checkpoint(policy, optimizer)
     epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
     if len(set(epochs_done)) > 1:
-        raise ValueError(f"--run {config.run} has {epochs_done} epochs as each process sees it; it "
-                         "must be on a file system that all machines share")
+        raise ValueError(f"--run_dir {config.run} has {epochs_done} epochs as each process sees "
+                         "it; it must be on a file system that all machines share")
     if len(metrics) > config.num_epochs:
-        raise ValueError(f"--num_epochs {config.num_epochs}: --run {config.run} has {len(metrics)}")
+        raise ValueError(f"--num_epochs {config.num_epochs}: --run_dir {config.run} already has "
+                         f"{len(metrics)}")
     if rank() == 0:
         run.write_json("config.json", asdict(config))
         for finished in ("unet", "lora"):  # will be out of date
@@ -1065,15 +1079,19 @@ def evaluate(config: Config, device: torch.device) -> None:
     if not any((run.folder / weights).is_dir() for weights in ("unet", "lora")):
         raise ValueError(f"--evaluate {run.folder}: the run is not finished, as it has neither "
                          "unet/ nor lora/; the command that began it goes on with it")
+    files = {name: f"evaluation-{Path(name).stem}"
+             for name in map(str.strip, config.prompts.split(","))}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"--prompts {config.prompts}: files of one name; evaluate them one by one")
     with first_of_each_machine_first():
         prompt_sets = {name: read_prompts(name, config.prompt_template)
-                       for name in map(str.strip, config.prompts.split(","))}
+                       for name in files}
         models = load_models(config, device, run.folder)
     policies = {"base": models.reference, "finetuned": models.policy}
     for name, prompts in prompt_sets.items():
         results = compare(config, models, policies, prompts)
         if rank() == 0:
-            file = f"evaluation-{Path(name).stem}"
+            file = files[name]
             save_grid(config, models, policies, prompts, run, f"{file}.png")
             run.write_json(f"{file}.json", {"config": asdict(config), "prompts": name,
                                             "results": results})
@@ -1128,8 +1146,8 @@ def main() -> None:
         time.sleep(30 if isinstance(error, PeerLost) else 5 * (rank() > 0))
         if isinstance(error, torch.OutOfMemoryError):
             error = (f"{device} is out of memory; lower --micro_batch_size (it is "
-                     f"{config.micro_batch_size}), or train with --gradient_checkpointing or "
-                     "--lora_rank")
+                     f"{config.micro_batch_size}), add --gradient_checkpointing, or begin "
+                     "another --run_dir with --lora_rank")
         elif not isinstance(error, (ValueError, PeerLost)):
             traceback.print_exc()
             error = f"{type(error).__name__}: {error}"
@@ -1149,8 +1167,10 @@ def end_on_signals() -> None:
     def wait() -> None:
         number = os.read(reader, 1)[0]
         with contextlib.suppress(OSError):  # nobody may read it any more
-            say(f"stopped by {signal.Signals(number).name}; the same command goes on after the "
-                "last epoch that was saved")
+            by_torchrun = number == signal.SIGTERM and world_size() > 1
+            say(f"stopped by {signal.Signals(number).name}"
+                f"{', as torchrun does if another process fails' * by_torchrun}; the same command "
+                "goes on after the last epoch that was saved")
         os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()

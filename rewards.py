@@ -238,7 +238,8 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"--reward {spec}: {file} defines no function {function!r}")
+        raise ValueError(f"--reward {spec}: {file} defines no function "
+                         f"{function!r}; give FILE.py:FUNCTION")
     return lambda images, prompts: getattr(module, function)(images / 255, prompts)
 
 

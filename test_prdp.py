@@ -206,15 +206,16 @@ def test_loss_is_zero_at_the_optimum_of_a_gaussian_chain():
     config = toy.config(clip_range=1e-3)
     toy.policy.unet.bias.data = toy.optimal_bias
     trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
-    at_optimum = prdp.objective(config, trajectories.log_probs_old, trajectories).item()
-    at_reference = prdp.objective(config, trajectories.log_probs_ref, trajectories).item()
+    at_optimum = prdp.objective_loss(config, trajectories.log_probs_old, trajectories).item()
+    at_reference = prdp.objective_loss(config, trajectories.log_probs_ref, trajectories).item()
     assert at_optimum < 1e-9 * at_reference
 
     for scale in (0.0, 0.9, 1.1):
         toy.policy.unet.bias.data = scale * toy.optimal_bias
         trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
         assert (
-            prdp.objective(config, trajectories.log_probs_old, trajectories) > 1e-3 * at_reference
+            prdp.objective_loss(config, trajectories.log_probs_old, trajectories)
+            > 1e-3 * at_reference
         )
 
 
@@ -408,11 +409,12 @@ def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torc
             mean, std = policy.mean_std(latents[:, i], t.expand(len(latents)), embeds)
             steps.append(prdp.gaussian_log_prob(latents[:, i + 1], mean, std))
         log_probs = torch.stack(steps, 1).view_as(trajectories.log_probs_old)
-        prdp.objective(config, log_probs, trajectories).backward()
+        prdp.objective_loss(config, log_probs, trajectories).backward()
     else:
         log_probs = prdp.trajectory_log_probs(policy, embeds, latents, micro_batch_size)
         log_probs = log_probs.view_as(trajectories.log_probs_old).requires_grad_()
-        (grad,) = torch.autograd.grad(prdp.objective(config, log_probs, trajectories), log_probs)
+        loss = prdp.objective_loss(config, log_probs, trajectories)
+        (grad,) = torch.autograd.grad(loss, log_probs)
         assert (0 < (grad == 0).sum() < grad.numel()) == math.isfinite(config.clip_range)
         prdp.backward_log_probs(policy, trajectories, grad.flatten(0, 1), micro_batch_size)
     return torch.cat([parameter.grad.flatten() for parameter in policy.unet.parameters()]).double()
@@ -737,9 +739,32 @@ def test_a_run_that_goes_on_has_no_finished_weights_until_it_is_finished_again(
     monkeypatch.setattr(prdp, "collect_epoch", lambda *_: exec("raise ValueError('stop')"))
     with pytest.raises(ValueError, match="stop"):
         train(tmp_path / "run", "--num_epochs", "2", "--gradient_checkpointing")
-    for flags, message in (([], "is not finished"), (["--lora_rank", "2"], "the run has 0")):
+    for flags, message in (([], "is not finished"), (["--lora_rank", "2"], "must be the run's, 0")):
         with pytest.raises(ValueError, match=message):
             prdp.evaluate(prdp.parse_config(["--evaluate", str(tmp_path / "run"), *flags]), CPU)
+
+
+def test_evaluate_refuses_prompt_files_whose_results_would_overwrite_each_other(tmp_path):
+    train(tmp_path / "run", "--num_epochs", "1")
+    prompts = f"{tmp_path}/a/two.txt,{tmp_path}/b/two.txt"
+    flags = ["--evaluate", str(tmp_path / "run"), "--prompts", prompts]
+    with pytest.raises(ValueError, match="--prompts .*files of one name"):
+        prdp.evaluate(prdp.parse_config(flags), CPU)
+
+
+def test_the_template_belongs_to_the_default_list_even_when_that_is_named():
+    for flags, template in (
+        ([], "A painting of a {}"),
+        (["--prompts", "prompts/animals.txt"], "A painting of a {}"),
+        (["--prompts", "prompts/unseen.txt"], "{}"),
+        (["--prompts=prompts/unseen.txt", "--prompt_template", "{}, oil"], "{}, oil"),
+    ):
+        assert prdp.parse_config(flags).prompt_template == template
+
+
+def test_loading_a_model_gives_no_warning():
+    with warnings.catch_warnings(action="error"):
+        prdp.load_pipeline("demo/model")
 
 
 def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, capsys):
@@ -896,13 +921,13 @@ def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
     config = prdp.parse_config(demo_flags(tmp_path / "run"))
     first, second = prdp.Run(config.run), prdp.Run(config.run)
     first.claim(config)
-    with pytest.raises(ValueError, match="--run .*run: another process is at work on it"):
+    with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
         second.claim(config)
     first.lock.close()
     second.claim(config)
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/run"):
-        with pytest.raises(ValueError, match=f"--run .*{folder}: it cannot be written to"):
+        with pytest.raises(ValueError, match=f"--run_dir .*{folder}: not a folder that can"):
             prdp.Run(str(tmp_path / folder)).claim(config)
 
 
@@ -1820,7 +1845,12 @@ MISTAKES = {
     "one image": (["--images_per_prompt", "1"], "--images_per_prompt 1"),
     "no epochs": (["--num_epochs", "0"], "--num_epochs 0"),
     "negative clip": (["--clip_range", "-1"], "--clip_range -1"),
-    "not a run": (["--evaluate", "nowhere"], "nowhere is not the folder of a run"),
+    "not a run": (["--evaluate", "nowhere"], "nowhere is not the folder of a run: its config.json"),
+    "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
+    "unknown flag": (["--learning", "1"], "--learning"),
+    "no place for the prompt": (["--prompt_template", "A dog"], "--prompt_template 'A dog': "),
+    "a step to nowhere": (["--learning_rate", "inf"], "epoch 1: an update left weights that are"),
+    "a function without a name": (["--reward", "BAD"], "give FILE.py:FUNCTION"),
     "reward of a wrong shape": (["--reward", "BAD:shape"], "'shape' returned shape"),
     "reward NaN": (["--reward", "BAD:nan"], "epoch 1: --reward .*:nan is nan for 'A painting"),
 }
@@ -1852,6 +1882,7 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
         "EMPTY": tmp_path / "empty.txt",
         "XL": tmp_path / "XL",
         "SAMPLE": tmp_path / "SAMPLE",
+        "BAD": f"{tmp_path}/bad.py",
         "BAD:shape": f"{tmp_path}/bad.py:shape",
         "BAD:nan": f"{tmp_path}/bad.py:nan",
         "BAD:none": f"{tmp_path}/bad.py:none",
