@@ -1139,7 +1139,7 @@ def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(
     latents = trajectories.latents.clone()
     latents[0, 2] = math.inf
     bad = replace(trajectories, latents=latents)
-    with pytest.raises(ValueError, match="epoch 5: update 1: the gradient's norm is nan; its step"):
+    with pytest.raises(ValueError, match="epoch 5: update 1: the gradient's norm is nan; nothing"):
         prdp.update_policy(config, policy, optimizer, bad)
     assert all(torch.equal(weight, before[name]) for name, weight in policy.trained.items())
 
@@ -1312,7 +1312,7 @@ def test_a_signal_ends_all_processes_at_once_in_one_sentence(tmp_path):
             os.kill(process.pid, number)
         assert launch.end(within=5) == [128 + number] * 2
         log = launch.log.read_text()
-        assert log.count(f"stopped by {number.name}; the same command goes on") == 1
+        assert log.count(f"stopped by {number.name}") == log.count("the same command goes on") == 1
         assert "Traceback" not in log and "error" not in log
 
 
