@@ -1194,7 +1194,7 @@ def raise_on_rank_1(phase: str, rank: int) -> None:
         setattr(prdp, phase, failing)
 
 
-PHASES = ["read_prompts", "load_reward", "sample_trajectories", "score_images", "objective"]
+PHASES = ["read_prompts", "load_reward", "sample_trajectories", "score_images", "objective_loss"]
 FAULTS = {"none": lambda rank: None, "float64": in_float64}
 FAULTS |= {phase: partial(raise_on_rank_1, phase) for phase in PHASES}
 
