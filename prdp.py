@@ -9,8 +9,8 @@ steps. We raise any reward r(x_0, c) of the final image, but stay near the pretr
     maximise  E[ r(x_0, c) ] - beta * KL[ pi_theta(x_{0:T} | c) || pi_ref(x_{0:T} | c) ]
 
 The optimum is pi_ref exp(r / beta) / Z(c), and Z cancels between two trajectories a, b of a prompt
-(Eq. 9): there, log ratios to pi_ref predict reward differences exactly. PRDP is regression towards
-that (Eq. 14), and stays stable where policy gradients collapse:
+(Eq. 9): at the optimum, differences of log ratios to pi_ref equal reward differences / beta. PRDP
+is regression towards that (Eq. 14), and by the paper stays stable where policy gradients collapse:
 
     r_hat(x_{0:T}) = log pi_theta(x_{0:T} | c) - log pi_ref(x_{0:T} | c)
     loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
@@ -39,7 +39,7 @@ Deviations from the paper
     and an update with no gradient at all changes no weight.
  5. The baseline, `--objective ddpo`, normalises rewards by the prompt's B images of the epoch only.
  6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref and drawn again
-    every epoch; pi_old is the policy at the epoch's start, and only --evaluate shows progress.
+    every epoch; pi_old is the policy at the epoch's start, and reward_mean stays pi_ref's.
  7. bfloat16 autocast on GPUs that have it, though its rounding exceeds what one update changes in
     a log-prob: for K > 1 see --no_mixed_precision. Rewards see images rounded to 8 bits.
 
@@ -48,9 +48,11 @@ Deviations from the paper
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prdp.py
     python prdp.py --evaluate runs/demo-clip                   # base against finetuned
 
-`grep -n '^# .*§' prdp.py` prints the outline. After §4 a reader has seen the whole algorithm.
+`grep -n '^# .*§' prdp.py` prints the outline. After §4 a reader has seen the whole algorithm, but
+for the loop over epochs, which is `train`.
 """
 
+import argparse
 import contextlib
 import copy
 import fcntl
@@ -68,7 +70,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -95,7 +97,7 @@ from rewards import Reward, cause, load_network, load_reward
 class Config:
     """Every knob; the defaults are the small-scale column of the paper's Table 4.
 
-    Sizes are global, for all processes together, but for micro_batch_size. As log-probs are means
+    Sizes are for all processes together; only micro_batch_size is for each. As log-probs are means
     over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
     Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
@@ -110,15 +112,15 @@ class Config:
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     objective: Literal["prdp", "ddpo"] = HfArg(default="prdp", help="prdp, or the baseline ddpo")
     offline: bool = HfArg(default=False, help="train on one pool, drawn from pi_ref (Fig. 7)")
-    run: str | None = HfArg(
-        default=None, aliases=["--run_dir", "--run-dir"], help="output folder, continued if there; "
-        "with torchrun on Python 3.11, which takes --run for its own: --run_dir")
+    run_dir: str | None = HfArg(
+        default=None, aliases=["--run"], help="output folder, continued if it is there; if not "
+        "given, runs/PRESET-REWARD. torchrun on Python 3.11 takes --run for its own")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
-    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat, a nat of mean log-prob")
+    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
     num_steps: int = HfArg(default=50, help="T: denoising steps")
     clip_range: float = HfArg(default=1e-6, help="eps: clip of a step, nats per element, or inf")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance, part of the policy")
@@ -127,7 +129,8 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it, not float32")
+    mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it; with "
+                                  "--no_mixed_precision float32")
     compile: bool = HfArg(default=False, help="compile the UNet, which takes minutes at first")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     keep_checkpoints: int = HfArg(default=1, help="how many stay on disk, the newest")
@@ -159,27 +162,30 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.error = fail  # else argparse ends every process with a message of its own
-    given = parser.parse_args(arguments)
-    defaults = read_config(Path(given.evaluate)) if given.evaluate else PRESETS[given.preset]
-    if given.prompts != Config().prompts:
-        defaults = defaults | {"prompt_template": "{}"}  # the default's is for its own list
-    parser.set_defaults(**asdict(Config()) | defaults)
+    given = parser.parse_args(arguments, argparse.Namespace(prompts=None))  # None: not given
+    defaults = asdict(Config()) | PRESETS[given.preset]
+    if given.evaluate is not None:
+        defaults = read_config(Path(given.evaluate))
+    if given.prompts:  # the default template is for the default list
+        is_default = given.prompts == Config().prompts
+        defaults["prompt_template"] = Config().prompt_template if is_default else "{}"
+    parser.set_defaults(**defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if config.run is None:
+    if config.run_dir is None:
         scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
         names = "+".join(Path(scorer.strip()).name for scorer in scorers)
-        config.run = f"runs/{config.preset}-{names}"
+        config.run_dir = f"runs/{config.preset}-{names}"
 
-    least = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
-             "lora_rank": 0}
-    least |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
-                            "micro_batch_size", "samples_per_prompt", "keep_checkpoints"), 1)
-    for name, bound in least.items():
+    bounds = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
+              "lora_rank": 0}
+    bounds |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
+                             "micro_batch_size", "samples_per_prompt", "keep_checkpoints"), 1)
+    for name, bound in bounds.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
     if "{}" not in config.prompt_template:
         raise ValueError(f"--prompt_template {config.prompt_template!r}: there is no {{}} in it")
-    if config.evaluate and config.lora_rank != defaults.get("lora_rank", 0):
+    if config.evaluate is not None and config.lora_rank != defaults["lora_rank"]:
         raise ValueError(f"--lora_rank {config.lora_rank}: must be the run's, "
                          f"{defaults['lora_rank']}")
     if config.offline and config.objective == "ddpo":
@@ -213,7 +219,7 @@ def ddim_mean_std(scheduler: DDIMScheduler, noise_pred: Tensor, latents: Tensor,
     """The policy's Gaussian N(mean, std^2 I) over x_{t-1} (Eq. 2), a DDIM step with eta = 1.
 
     noise_pred, latents: (P, C, H, W); timesteps: (P,), 0..999, may mix steps. Returns mean
-    (P, C, H, W) and std (P, 1, 1, 1) > 0: the step past the last has alpha_bar[0], not 1.
+    (P, C, H, W) and std (P, 1, 1, 1), > 0 as the last step ends at alpha_bar[0] and not at 1.
     """
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_bars = scheduler.alphas_cumprod.to(latents)  # (1000,)
@@ -265,7 +271,7 @@ class Policy:
         return torch.autocast(device, torch.bfloat16, self.mixed_precision and has_bfloat16)
 
     def in_use(self) -> contextlib.AbstractContextManager:
-        """Around trajectories that are drawn or scored; a `Reference` makes itself ready here."""
+        """Around trajectories that are drawn or scored: only a `Reference` (§5) has to prepare."""
         return contextlib.nullcontext()
 
     @property
@@ -377,7 +383,7 @@ class Trajectories:
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
     log_probs_ref: Tensor  # (n, B, T) float64; the old ones for an objective without reference
     rewards: Tensor  # (n, B) float32
-    reward_terms: dict[str, Tensor]  # name -> (n, B) float32, what the reward is a weighted sum of
+    reward_terms: dict[str, Tensor]  # name -> (n * B,), of which the reward is a weighted sum
 
     def check_finite(self, values: Tensor, name: str) -> None:
         """Raise ValueError naming the prompt if values (n, ...) have a NaN or an infinity."""
@@ -392,20 +398,21 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     """First half of Algorithm 1: draw N prompts, sample B trajectories of each, score the images.
 
     Prompts and noise depend on (seed, epoch, prompt, image, step) alone, so any number of processes
-    sees the same. Adds to seconds. Raises ValueError if a reward or log-prob is not finite.
+    sees the same. Notes its times in seconds. Raises ValueError if a reward or log-prob is not
+    finite.
     """
-    drawn_at = 0 if config.offline else epoch  # offline, the same pool is drawn again every epoch
-    drawn = draw_prompts(prompts, config.prompts_per_epoch, f"{config.seed}/{drawn_at}")  # N
+    key = f"{config.seed}/{0 if config.offline else epoch}"  # offline, one pool is drawn every time
+    epoch_prompts = draw_prompts(prompts, config.prompts_per_epoch, key)  # N
     mine = range(rank(), config.prompts_per_epoch, world_size())  # n of the indices 0..N-1
+    my_prompts = [epoch_prompts[i] for i in mine]
     indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
-    image_prompts = [drawn[i] for i, _ in indices]
-    shape = (len(mine), config.images_per_prompt, -1)  # (P, ...) is seen as (n, B, ...)
+    shape = (len(mine), config.images_per_prompt, -1)  # as which (P, ...) is seen per prompt
     size = config.micro_batch_size
 
     with timed(seconds, "seconds_sampling"):
-        noise = torch.stack([draw_noise(f"{config.seed}/{drawn_at}/{i}/{j}", config.num_steps,
-                                        models.latent_shape) for i, j in indices])
-        embeds = models.encode_prompts([drawn[i] for i in mine])  # (n, L, E)
+        noise = torch.stack([draw_noise(f"{key}/{i}/{j}", config.num_steps, models.latent_shape)
+                             for i, j in indices])  # (P, T+1, C, H, W)
+        embeds = models.encode_prompts(my_prompts)  # (n, L, E)
         embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, E)
         if config.offline:
             latents, _ = sample_trajectories(models.reference, embeds, noise, size)
@@ -417,12 +424,11 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
             log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
 
     with timed(seconds, "seconds_scoring"):
+        image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
         terms = score_images(models, latents[:, -1], image_prompts, size)  # name -> (P,)
-        rewards = models.reward.total(terms)  # (P,)
-    trajectories = Trajectories(
-        epoch, [drawn[i] for i in mine], embeds, latents, log_probs_old.view(shape),
-        log_probs_ref.view(shape), rewards.view(shape[:2]),
-        {name: term.view(shape[:2]) for name, term in terms.items()})
+        rewards = models.reward.total(terms).view(shape[:2])
+    trajectories = Trajectories(epoch, my_prompts, embeds, latents, log_probs_old.view(shape),
+                                log_probs_ref.view(shape), rewards, terms)
     trajectories.check_finite(trajectories.log_probs_old, "a log-prob of sampling")
     trajectories.check_finite(trajectories.log_probs_ref, "a log-prob of the reference")
     trajectories.check_finite(trajectories.rewards, f"--reward {config.reward}")
@@ -532,7 +538,7 @@ class Models:
     def decode(self, latents: Tensor) -> Tensor:
         """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
         vae = self.pipeline.vae
-        # In slices of at most a 512 x 512 image, which takes over 1 GiB to decode.
+        # One 512 x 512 image, or as many smaller ones, at a time: it takes over 1 GiB.
         slices = (latents / vae.config.scaling_factor).split(max(1, 64**2 // latents[0, 0].numel()))
         images = torch.cat([vae.decode(part).sample for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
@@ -616,7 +622,7 @@ def prepare_unet(unet: UNet2DConditionModel, config: Config) -> None:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
-        unet.compile(dynamic=True)  # one graph for batches of any size: log-probs are exact
+        unet.compile(dynamic=True)  # one graph for full and partial batches: bit-equal log-probs
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
@@ -634,12 +640,12 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
             try:
                 networks[name] = load_network(loader, model, subfolder=name)
             except Exception as error:
-                with contextlib.suppress(Exception):  # a copy may hold half precision alone
+                try:  # a copy may hold half precision alone
                     networks[name] = load_network(loader, model, subfolder=name, variant="fp16")
-                    continue
-                raise error
+                except Exception:
+                    raise error from None
         # Of it, only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
-        scheduler = DDIMScheduler.from_pretrained(  # steps end at t = 1, before which is a t = 0
+        scheduler = DDIMScheduler.from_pretrained(  # with offset 1 the last step is from 1 to 0
             model, subfolder="scheduler", timestep_spacing="leading", steps_offset=1,
             clip_sample=False)
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
@@ -708,7 +714,7 @@ def start_distributed() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     elif local_size > 1:  # torchrun gave each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if "LOCAL_RANK" in os.environ:
         store, this_rank, size = next(dist.rendezvous("env://"))
@@ -736,38 +742,31 @@ class PeerLost(Exception):
     """This process could not go on because another one ended; that one has told why."""
 
 
-@contextlib.contextmanager
-def communicating() -> Iterator[None]:
-    """Around what takes part of every process."""
+def together(collective: Callable, *tensors: Tensor | list[Tensor]) -> None:
+    """Call what every process has to take part in, if there is more than one."""
     try:
-        yield
+        if world_size() > 1:
+            collective(*tensors)
     except RuntimeError as error:
         raise PeerLost(f"the connection to another process broke ({error})") from None
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        with communicating():
-            dist.barrier()
-
-
 def gather(values: Tensor) -> Tensor:
     """All processes' values (n, ...), one rank's after the other's, on every process: (N, ...)."""
-    parts = [torch.empty_like(values) for _ in range(world_size())]
-    with communicating():
-        dist.all_gather(parts, values.contiguous()) if len(parts) > 1 else parts[0].copy_(values)
+    parts = [values.clone() for _ in range(world_size())]
+    together(dist.all_gather, parts, values.contiguous())
     return torch.cat(parts)
 
 
 @contextlib.contextmanager
 def first_of_each_machine_first() -> Iterator[None]:
-    """The block runs in one process of a machine and then in its others: one fills the caches."""
+    """The block runs in one process of a machine, which may download, and then in its others."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not is_first:
-        barrier()
+        together(dist.barrier)
     yield
     if is_first:
-        barrier()
+        together(dist.barrier)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -775,14 +774,12 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # this process had no pair with a gradient
             parameter.grad = torch.zeros_like(parameter)
-        if world_size() > 1:
-            with communicating():
-                dist.all_reduce(parameter.grad.div_(world_size()))
+        together(dist.all_reduce, parameter.grad.div_(world_size()))
 
 
 def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
     """Slices of at most `size` that cover 0..count-1; a progress bar on rank 0's terminal."""
-    slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    slices = [slice(start, start + size) for start in range(0, count, size)]
     return tqdm(slices, description, leave=False, disable=None if rank() == 0 else True)
 
 
@@ -823,9 +820,12 @@ class Run:
         except OSError:
             say(f"{self.folder} is on a file system without locks: start no second run on it")
         if not self.checkpoints():
+            if any((self.folder / weights).exists() for weights in ("unet", "lora")):
+                raise ValueError(f"--run_dir {self.folder}: has finished weights but no checkpoint "
+                                 "to go on from, and they are not to be lost; give another")
             return
-        then, now = asdict(Config()) | read_config(self.folder), asdict(config)
-        may_change = {"run", "num_epochs", "micro_batch_size", "gradient_checkpointing",
+        then, now = read_config(self.folder), asdict(config)
+        may_change = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing",
                       "evaluate", "keep_checkpoints", "samples_per_prompt"}
         changed = [f"--{name} {then[name]} and not {now[name]}" for name in now
                    if name not in may_change and then[name] != now[name]]
@@ -854,7 +854,7 @@ class Run:
                 delete(temporary)
             raise ValueError(
                 f"{file} cannot be written ({cause(error.__context__ or error)}); when it can, the "
-                "same command goes on after the last epoch that was saved") from None
+                "same command goes on from what is saved") from None
 
     def write_json(self, name: str, content: dict) -> None:
         with self.replacing(name) as file:
@@ -922,7 +922,7 @@ class Run:
         axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
         with self.replacing("reward.png") as file:
             figure.savefig(file, dpi=120, format="png")
-        # One of a later epoch is damaged, or this one would not have been trained again.
+        # Those of later epochs are damaged ones, which were passed over; they do not count.
         past = [file for file in self.checkpoints() if file.stem <= f"epoch_{len(metrics):06}"]
         for superseded in past[: -config.keep_checkpoints]:
             superseded.unlink()
@@ -943,10 +943,14 @@ def delete(path: Path) -> None:
 
 def read_config(folder: Path) -> dict:
     """The flags that a run was made with."""
+    config = asdict(Config())
     try:
-        config = dict(json.loads((folder / "config.json").read_text()))
-        if unknown := config.keys() - asdict(Config()).keys():
-            raise ValueError(f"no flag is named {', '.join(unknown)}")
+        for name, value in dict(json.loads((folder / "config.json").read_text())).items():
+            if name not in config:
+                raise ValueError(f"no flag is named {name}")
+            if config[name] is not None and not isinstance(value, type(config[name])):
+                raise ValueError(f"{name} is {value!r}")
+            config[name] = value
         return config
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
@@ -985,10 +989,9 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def peak_gib() -> float:
-    """Peak memory of this process so far: of its GPU, or without one its resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak memory of this process so far: of its GPU, or if it uses none its resident set."""
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ---------------------------------------------------------------------------- §9 Train and evaluate
@@ -999,7 +1002,7 @@ def train(config: Config, device: torch.device) -> None:
     if config.prompts_per_epoch % world_size():
         raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
                          f"{world_size()} processes; change one of the two")
-    run = Run(config.run)
+    run = Run(config.run_dir)
     run.claim(config)
     with first_of_each_machine_first():
         prompts = read_prompts(config.prompts, config.prompt_template)
@@ -1012,10 +1015,10 @@ def train(config: Config, device: torch.device) -> None:
     metrics = run.load_checkpoint(policy, optimizer)
     epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
     if len(set(epochs_done)) > 1:
-        raise ValueError(f"--run_dir {config.run} has {epochs_done} epochs as each process sees "
+        raise ValueError(f"--run_dir {run.folder} has {epochs_done} epochs as each process sees "
                          "it; it must be on a file system that all machines share")
     if len(metrics) > config.num_epochs:
-        raise ValueError(f"--num_epochs {config.num_epochs}: --run_dir {config.run} already has "
+        raise ValueError(f"--num_epochs {config.num_epochs}: --run_dir {run.folder} already has "
                          f"{len(metrics)}")
     if rank() == 0:
         run.write_json("config.json", asdict(config))
@@ -1119,15 +1122,16 @@ def compare(config: Config, models: Models, policies: dict[str, Policy],
         f"{'':<24}{'base':<20}{'finetuned':<20}{'difference':<20}prompts improved")
     results = {}
     for name, (base, finetuned) in zip(names, means, strict=True):
-        result = {column: {"mean": mean.mean().item(),
-                           "standard_error": mean.std(correction=0).item() / len(mean) ** 0.5}
-                  for column, mean in {"base": base, "finetuned": finetuned,
-                                       "difference": finetuned - base}.items()}
-        cells = "".join(f"{'{mean:.4f} ± {standard_error:.4f}'.format(**cell):<20}"
-                        for cell in result.values())
-        improved = (finetuned > base).double().mean().item()
+        columns = {"base": base, "finetuned": finetuned, "difference": finetuned - base}
+        results[name], cells = {}, ""
+        for column, of_prompts in columns.items():
+            mean = of_prompts.mean().item()
+            variance = of_prompts.var(correction=0) / (len(of_prompts) - 1)  # NaN for one prompt
+            error = variance.sqrt().item()
+            results[name][column] = {"mean": mean, "standard_error": error}
+            cells += f"{f'{mean:.4f} ± {error:.4f}':<20}"
+        improved = results[name]["prompts_improved"] = (finetuned > base).double().mean().item()
         say(f"{name:<24}{cells}{improved:.1%}")
-        results[name] = result | {"prompts_improved": improved}
     return results
 
 
@@ -1139,7 +1143,7 @@ def main() -> None:
     device = start_distributed()
     try:
         config = parse_config()
-        evaluate(config, device) if config.evaluate else train(config, device)
+        train(config, device) if config.evaluate is None else evaluate(config, device)
     except Exception as error:
         # The cause is told once: by rank 0 if all meet it, and else by the one that does; by then
         # torchrun has stopped those that wait here. Only other machines' processes wait in vain.
@@ -1170,7 +1174,7 @@ def end_on_signals() -> None:
             by_torchrun = number == signal.SIGTERM and world_size() > 1
             say(f"stopped by {signal.Signals(number).name}"
                 f"{', as torchrun does if another process fails' * by_torchrun}; the same command "
-                "goes on after the last epoch that was saved")
+                "goes on from what is saved")
         os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()

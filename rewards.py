@@ -56,8 +56,11 @@ class Reward:
         images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
         scores = {}
         for name, scorer in self.scorers.items():
-            with torch.autocast(images.device.type, enabled=False):
-                score = scorer(images, prompts)
+            try:
+                with torch.autocast(images.device.type, enabled=False):
+                    score = scorer(images, prompts)
+            except ValueError as error:  # a fault in a function, not a user's mistake in a flag
+                raise RuntimeError(f"reward {name!r} failed: {cause(error)}") from error
             try:
                 score = torch.as_tensor(score)
             except (TypeError, ValueError, RuntimeError):
@@ -236,7 +239,10 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
         raise ValueError(f"--reward {spec}: there is no file {file}")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RuntimeError(f"--reward {spec}: {file} failed: {cause(error)}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"--reward {spec}: {file} defines no function "
                          f"{function!r}; give FILE.py:FUNCTION")
@@ -283,16 +289,19 @@ def download(repository: str, name: str) -> Path:
 
 
 def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
-    """loader.from_pretrained(source) in float32 and eval mode, without a weight made up."""
+    """loader.from_pretrained(source) in float32 and eval mode.
+
+    Raises ValueError for missing or misshapen weights, which it would fill with random numbers.
+    """
     network, report = loader.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    for misfit in sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
-        raise ValueError(f"it does not fit {loader.__name__}: {misfit}")
+    if misfits := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
+        raise ValueError(f"it does not fit {loader.__name__}: {misfits[0]}")
     return network.float().eval()
 
 
 def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:
-    """A pickled state_dict, or that at a key of a pickled dict, of just this network's shapes."""
+    """Load a pickled state_dict, or state_dict[key]; its names and shapes must be the network's."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = state if key is None else state[key]

@@ -758,6 +758,8 @@ def test_the_template_belongs_to_the_default_list_even_when_that_is_named():
         (["--prompts", "prompts/animals.txt"], "A painting of a {}"),
         (["--prompts", "prompts/unseen.txt"], "{}"),
         (["--prompts=prompts/unseen.txt", "--prompt_template", "{}, oil"], "{}, oil"),
+        (["--preset", "large"], "{}"),
+        (["--preset", "large", "--prompts", "prompts/animals.txt"], "A painting of a {}"),
     ):
         assert prdp.parse_config(flags).prompt_template == template
 
@@ -919,7 +921,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_pa
 
 def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
     config = prdp.parse_config(demo_flags(tmp_path / "run"))
-    first, second = prdp.Run(config.run), prdp.Run(config.run)
+    first, second = prdp.Run(config.run_dir), prdp.Run(config.run_dir)
     first.claim(config)
     with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
         second.claim(config)
@@ -1178,7 +1180,7 @@ def in_float64(rank: int) -> None:
 
     def collect_and_save(config, models, prompts, epoch, seconds):
         trajectories = collect_epoch(config, models, prompts, epoch, seconds)
-        torch.save(trajectories.latents, f"{config.run}/{epoch}.{rank}.pt")
+        torch.save(trajectories.latents, f"{config.run_dir}/{epoch}.{rank}.pt")
         return trajectories
 
     prdp.load_models, prdp.collect_epoch = load_double, collect_and_save
@@ -1356,7 +1358,7 @@ def test_torchrun_starts_again_what_was_killed(tmp_path):
         "def killed(config, models, prompts, epoch, seconds):\n"
         "    if epoch == 1 and prdp.rank() == 1 and not once.exists():\n"
         "        once.touch()\n"
-        "        while not pathlib.Path(config.run, 'metrics.jsonl').exists():\n"
+        "        while not pathlib.Path(config.run_dir, 'metrics.jsonl').exists():\n"
         "            time.sleep(0.01)\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return collect_epoch(config, models, prompts, epoch, seconds)\n"
@@ -1806,7 +1808,7 @@ def test_presets_are_table_4():
         assert (
             c.model == "CompVis/stable-diffusion-v1-4" and c.objective == "prdp" and not c.offline
         )
-    assert prdp.parse_config([]) == Config(run="runs/small-hpsv2")
+    assert prdp.parse_config([]) == Config(run_dir="runs/small-hpsv2")
     assert prdp.parse_config(["--preset", "multi"]).reward == "pickscore=10,hpsv2=2,aesthetic=0.05"
     assert prdp.parse_config(["--preset", "large", "--learning_rate", "1"]).learning_rate == 1
 
@@ -1846,6 +1848,7 @@ MISTAKES = {
     "no epochs": (["--num_epochs", "0"], "--num_epochs 0"),
     "negative clip": (["--clip_range", "-1"], "--clip_range -1"),
     "not a run": (["--evaluate", "nowhere"], "nowhere is not the folder of a run: its config.json"),
+    "a run without a name": (["--evaluate", ""], "not the folder of a run"),
     "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
     "unknown flag": (["--learning", "1"], "--learning"),
     "no place for the prompt": (["--prompt_template", "A dog"], "--prompt_template 'A dog': "),
@@ -1893,6 +1896,47 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_config_json_of_anything_is_read_or_refused_in_a_sentence(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"seed": 7, "clip_range": Infinity}')
+    config = prdp.parse_config(["--evaluate", str(tmp_path), "--lora_rank", "0"])
+    assert (config.seed, config.clip_range, config.model) == (7, math.inf, Config().model)
+    for content in (
+        "",
+        "[1]",
+        "nonsense",
+        '{"sed": 7}',
+        '{"num_steps": null}',
+        '{"prompt_template": 5}',
+        '{"reward": ["hpsv2"]}',
+        "\xff",
+    ):
+        file.write_text(content, "latin-1")
+        with pytest.raises(ValueError, match="is not the folder of a run: its config.json") as e:
+            prdp.parse_config(["--evaluate", str(tmp_path)])
+        assert "\n" not in str(e.value)
+
+
+def test_a_function_that_fails_is_named_and_its_traceback_kept(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def broken(images, prompts):\n    return float('much')\n")
+    reward = load_reward(f"{file}:broken", CPU)
+    with pytest.raises(RuntimeError, match="reward 'broken' failed: ValueError: could not") as e:
+        reward(torch.rand(1, 3, 8, 8), ["a cat"])
+    assert isinstance(e.value.__cause__, ValueError)
+    file.write_text("float('much')")
+    with pytest.raises(RuntimeError, match="mine.py failed: ValueError: could not convert"):
+        load_reward(f"{file}:broken", CPU)
+
+
+def test_finished_weights_are_not_deleted_where_there_is_no_checkpoint(tmp_path, quick_loop):
+    train(tmp_path / "run", "--num_epochs", "1")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(ValueError, match="--run_dir .*run: has finished weights but no checkpoint"):
+        train(tmp_path / "run", "--num_epochs", "1")
+    assert (tmp_path / "run/unet").is_dir()
+
+
 def test_a_run_made_with_other_flags_is_refused_and_kept(tmp_path):
     train(tmp_path / "run", "--num_epochs", "1")
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
@@ -1935,7 +1979,7 @@ def test_on_the_command_line_a_mistake_is_one_line_and_a_failure():
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(monkeypatch):
-    monkeypatch.setattr(prdp, "read_config", lambda run: {})
+    monkeypatch.setattr(prdp, "read_config", lambda run: vars(Config()))
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^    .*prdp\.py.*$", readme, re.MULTILINE)
     assert len(commands) >= 3

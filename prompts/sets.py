@@ -4,7 +4,8 @@
     python prompts/sets.py hpdv2 hpdv2.txt   # a copy for machines without a network
 
 They are what the paper trains on (hpdv2, pickapic) and judges by (most others). Users of image
-generators wrote them: they are fetched at first use, and kept in HF_HOME/prdp, one a line.
+generators wrote them, unfiltered, so they are not part of this repository but fetched at first use,
+and kept in HF_HOME/prdp, one a line.
 """
 
 import csv
