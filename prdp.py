@@ -88,7 +88,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser, PreTrai
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import NAMES, prompt_file
-from rewards import Reward, cause, load_network, load_reward
+from rewards import Reward, cause, check_words, load_network, load_reward
 
 # ---------------------------------------------------------------------------------------- §1 Config
 
@@ -171,13 +171,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         defaults["prompt_template"] = Config().prompt_template if is_default else "{}"
     parser.set_defaults(**defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if config.run_dir is None:
+    if not config.run_dir:
         scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
         names = "+".join(Path(scorer.strip()).name for scorer in scorers)
         config.run_dir = f"runs/{config.preset}-{names}"
 
     bounds = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
-              "lora_rank": 0}
+              "lora_rank": 0, "learning_rate": 0, "weight_decay": 0}
     bounds |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
                              "micro_batch_size", "samples_per_prompt", "keep_checkpoints"), 1)
     for name, bound in bounds.items():
@@ -572,9 +572,12 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     if config.num_steps >= scheduler.config.num_train_timesteps:
         raise ValueError(f"--num_steps {config.num_steps}: the model was trained with "
                          f"{scheduler.config.num_train_timesteps}, and fewer can be taken")
-    scheduler.set_timesteps(config.num_steps)
-    with torch.no_grad():
-        negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
+    try:
+        scheduler.set_timesteps(config.num_steps)
+        negative_embeds = try_out(pipeline)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"--model {config.model}: its parts do not work together "
+                         f"({cause(error)})") from None
 
     if finetuned:
         unet = load_finetuned(pipeline, config, finetuned).to(device)
@@ -588,6 +591,21 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
         prepare_unet(network, config)
     shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision
     return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
+
+
+@torch.no_grad()
+def try_out(pipeline: StableDiffusionPipeline) -> Tensor:
+    """Use each part once, on a small latent; returns the empty prompt's embedding (1, L, E)."""
+    unet, vae = pipeline.unet, pipeline.vae
+    check_words(pipeline.tokenizer)
+    embeds = pipeline.encode_prompt([""], unet.device, 1, False)[0]
+    size = min(unet.config.sample_size, 8)
+    latents = torch.zeros(1, unet.config.in_channels, size, size, device=unet.device)
+    noise_pred = unet(latents, pipeline.scheduler.timesteps[:1].to(unet.device), embeds).sample
+    if noise_pred.shape != latents.shape:
+        raise ValueError(f"{tuple(latents.shape)} into the UNet, {tuple(noise_pred.shape)} out")
+    vae.decode(latents / vae.config.scaling_factor)
+    return embeds
 
 
 def add_lora(pipeline: StableDiffusionPipeline, config: Config) -> UNet2DConditionModel:
@@ -897,14 +915,16 @@ class Run:
                                    for weights in (state["unet"], policy.trained))
                 if shapes != trained:
                     raise ValueError("it holds the weights of another network")
+                if [line["epoch"] for line in state["metrics"]] != [*range(1, state["epoch"] + 1)]:
+                    raise ValueError("its metrics are not those of its epochs")
                 optimizer.load_state_dict(state["optimizer"])
+                for name, weight in policy.trained.items():
+                    weight.data.copy_(state["unet"][name])
             except Exception as error:  # what a damaged file, or one with code in it, can raise
                 damaged.append(f"{file} ({cause(error)})")
                 continue
-            for name, weight in policy.trained.items():
-                weight.data.copy_(state["unet"][name])
             say("".join(f"passing over {name}\n" for name in damaged)
-                + f"continuing {self.folder} after epoch {len(state['metrics'])}")
+                + f"continuing {self.folder} after epoch {state['epoch']}")
             return state["metrics"]
         if damaged:
             raise ValueError(f"no checkpoint is whole: {', '.join(damaged)}; restore one, or give "
@@ -938,7 +958,8 @@ def flush(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    is_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> dict:
@@ -952,7 +973,7 @@ def read_config(folder: Path) -> dict:
                 raise ValueError(f"{name} is {value!r}")
             config[name] = value
         return config
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
                          f"({error})") from None
 
@@ -1155,7 +1176,9 @@ def main() -> None:
         elif not isinstance(error, (ValueError, PeerLost)):
             traceback.print_exc()
             error = f"{type(error).__name__}: {error}"
-        sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
+        print(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # sys.exit would wait for threads that a reward may have left
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1165,11 +1188,20 @@ def end_on_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for number in ends:
         signal.signal(number, lambda *_: None)  # Python would run it only after the collective
 
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=forget)  # the end of a reward's worker is not the run's
+
     def wait() -> None:
-        number = os.read(reader, 1)[0]
+        while (number := os.read(reader, 1)[0]) not in ends:  # another signal that a reward handles
+            pass
         with contextlib.suppress(OSError):  # nobody may read it any more
             by_torchrun = number == signal.SIGTERM and world_size() > 1
             say(f"stopped by {signal.Signals(number).name}"

@@ -51,8 +51,10 @@ class Reward:
         """Every scorer's raw, unweighted scores.
 
         images: (P, 3, H, W) float in [0, 1]; prompts: P strings. Returns name -> (P,) float32, in
-        the scorer's own unit. Raises ValueError naming a scorer whose output is not P numbers.
+        the scorer's own unit, NaN for an image that is not finite. Raises ValueError naming a
+        scorer whose output is not P numbers.
         """
+        is_finite = images.isfinite().flatten(1).all(1)  # (P,); in 8 bits NaN would be black
         images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
         scores = {}
         for name, scorer in self.scorers.items():
@@ -71,7 +73,7 @@ class Reward:
                     f"reward {name!r} returned shape {tuple(score.shape)}; it must return one "
                     f"number an image, shape ({len(prompts)},)"
                 )
-            scores[name] = score.to(images.device, torch.float32)
+            scores[name] = score.to(images.device, torch.float32).where(is_finite, math.nan)
         return scores
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -158,6 +160,7 @@ def load_clip(spec: str, device: torch.device | str) -> Scorer:
         network = load_network(CLIPModel, source)
     with loading(spec, processor_source):
         processor = CLIPProcessor.from_pretrained(processor_source, trust_remote_code=False)
+        check_words(processor.tokenizer)
     network.to(device)
     longest = network.config.text_config.max_position_embeddings  # 77 tokens
 
@@ -298,6 +301,12 @@ def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
     if misfits := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
         raise ValueError(f"it does not fit {loader.__name__}: {misfits[0]}")
     return network.float().eval()
+
+
+def check_words(tokenizer: Callable) -> None:
+    """Raise ValueError for the tokenizer without words that takes the place of missing files."""
+    if tokenizer("a cat").input_ids == tokenizer("a dog").input_ids:
+        raise ValueError("its tokenizer knows no words; are its files there?")
 
 
 def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:

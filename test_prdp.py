@@ -933,6 +933,36 @@ def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
             prdp.Run(str(tmp_path / folder)).claim(config)
 
 
+def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch, quick_loop):
+    collect_epoch = prdp.collect_epoch
+
+    def refused(config, *rest):
+        with pytest.raises(ValueError, match="another process is at work on it"):
+            prdp.Run(config.run_dir).claim(config)
+        return collect_epoch(config, *rest)
+
+    monkeypatch.setattr(prdp, "collect_epoch", refused)
+    train(tmp_path / "run", "--num_epochs", "2")
+    assert quick_loop == [0, 1]
+
+
+def test_finished_weights_appear_whole_or_not_at_all(tmp_path, monkeypatch, quick_loop):
+    def killed(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise Killed
+
+    train(tmp_path / "whole", "--num_epochs", "1")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(EightWeights, "save_pretrained", killed)
+        train(tmp_path / "run", "--num_epochs", "1")
+    assert not (tmp_path / "run/unet").exists()
+    gc.collect()  # the folder's lock is held as long as the error's frames live
+    (tmp_path / "run/unet").symlink_to(tmp_path / "whole/unet")
+    train(tmp_path / "run", "--num_epochs", "1")
+    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(
     tmp_path, quick_loop, capsys
 ):
@@ -974,6 +1004,9 @@ def test_a_checkpoint_of_another_network_or_with_code_in_it_is_refused(tmp_path,
         ({"trap": Trap(tmp_path / "sprung")}, "UnpicklingError"),
         ({"optimizer": {"state": {}, "param_groups": []}}, "parameter groups"),
         ({"unet": None}, "AttributeError"),
+        ({"metrics": [{"epoch": 2}]}, "not those of its epochs"),
+        ({"metrics": None}, "TypeError"),
+        ({"unet": {k: v.to("meta") for k, v in state["unet"].items()}}, "NotImplementedError"),
     ):
         torch.save(state | change, file)
         with pytest.raises(ValueError, match=f"no checkpoint is whole: .*{message}") as error:
@@ -1020,6 +1053,35 @@ def test_a_pipeline_that_lacks_a_weight_or_has_code_in_it_is_refused(tmp_path):
             prdp.load_pipeline(str(model))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("unet", {"cross_attention_dim": 32}),
+        ("unet", {"in_channels": 8}),
+        ("unet", {"sample_size": None}),
+        ("vae", {"latent_channels": 8}),
+        ("text_encoder", {"vocab_size": 100}),
+        ("tokenizer", None),
+    ],
+)
+def test_a_pipeline_whose_parts_do_not_fit_each_other_is_refused(tmp_path, part, change):
+    shutil.copytree("demo/model", tmp_path / "model")
+    folder = tmp_path / "model" / part
+    if part == "tokenizer":
+        shutil.rmtree(folder)
+    elif part == "text_encoder":
+        config = CLIPTextConfig.from_pretrained(folder)
+        config.vocab_size = 100
+        CLIPTextModel(config).save_pretrained(folder)
+    else:
+        kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+        kind.from_config({**kind.load_config(folder), **change}).save_pretrained(folder)
+    config = prdp.parse_config([*DEMO, "--model", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="--model .*model: its parts do not|cannot be loaded") as e:
+        prdp.load_models(config, CPU)
+    assert "\n" not in str(e.value)
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -1145,9 +1207,21 @@ def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(
         prdp.update_policy(config, policy, optimizer, bad)
     assert all(torch.equal(weight, before[name]) for name, weight in policy.trained.items())
 
-    policy.unet.conv_out.bias.data[0] = math.nan
-    with pytest.raises(ValueError, match="epoch 5: a log-prob of sampling is nan for 'a [bc]at'"):
-        prdp.collect_epoch(config, demo_models, ["a cat", "a bat"], 4, {})
+    with pytest.MonkeyPatch.context() as patch:
+        optimizer.zero_grad()
+        nan = torch.full_like(trajectories.log_probs_old, math.nan)
+        patch.setattr(prdp, "trajectory_log_probs", lambda *_: nan)
+        with pytest.raises(ValueError, match="update 2: the loss's gradient is nan for 'a [bc]at'"):
+            prdp.update_policy(config, policy, optimizer, trajectories)
+
+    for part, message in (
+        (demo_models.pipeline.vae.decoder.conv_out, "--reward clip:demo/clip is nan"),
+        (demo_models.reference.unet.conv_out, "a log-prob of the reference is nan"),
+        (policy.unet.conv_out, "a log-prob of sampling is nan"),
+    ):
+        part.bias.data[0] = math.nan
+        with pytest.raises(ValueError, match=f"epoch 5: {message} for 'a [bc]at'"):
+            prdp.collect_epoch(config, demo_models, ["a cat", "a bat"], 4, {})
 
 
 # ------------------------------------------------------------------------------- several processes
@@ -1316,6 +1390,24 @@ def test_a_signal_ends_all_processes_at_once_in_one_sentence(tmp_path):
         log = launch.log.read_text()
         assert log.count(f"stopped by {number.name}") == log.count("the same command goes on") == 1
         assert "Traceback" not in log and "error" not in log
+
+
+def test_the_end_of_a_rewards_worker_is_not_the_runs(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import multiprocessing, signal, time\n"
+        "def f(images, prompts):\n"
+        "    signal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "    signal.raise_signal(signal.SIGALRM)\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    worker.start()\n"
+        "    time.sleep(1)\n"
+        "    worker.terminate()\n"
+        "    worker.join()\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    flags = ["--num_epochs", "1", "--reward", f"{tmp_path}/mine.py:f"]
+    launch = Launch(tmp_path / "run", 1, *flags)
+    assert launch.end() == [0], launch.log.read_text()
 
 
 def check_kills(folder: Path, count: int, *flags: str) -> None:
@@ -1953,14 +2045,16 @@ def test_without_peft_lora_says_what_to_install(tmp_path, monkeypatch):
         train(tmp_path / "run", "--lora_rank", "2")
 
 
-def test_out_of_memory_names_the_flags_that_need_less(monkeypatch):
+def test_out_of_memory_names_the_flags_that_need_less(monkeypatch, capsys):
     def overflow(config, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(prdp, "train", overflow)
+    monkeypatch.setattr(prdp.os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["prdp.py", "--micro_batch_size", "16"])
-    with pytest.raises(SystemExit, match=r"out of memory; lower --micro_batch_size \(it is 16\)"):
+    with pytest.raises(SystemExit, match="1"):
         prdp.main()
+    assert "out of memory; lower --micro_batch_size (it is 16)" in capsys.readouterr().err
 
 
 def test_prompts_that_the_processes_cannot_share_are_refused(monkeypatch):
