@@ -575,6 +575,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
     try:
         scheduler.set_timesteps(config.num_steps)
         negative_embeds = try_out(pipeline)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--model {config.model}: its parts do not work together "
                          f"({cause(error)})") from None
@@ -595,7 +597,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
 
 @torch.no_grad()
 def try_out(pipeline: StableDiffusionPipeline) -> Tensor:
-    """Use each part once, on a small latent; returns the empty prompt's embedding (1, L, E)."""
+    """Use every part once, on a small latent, before anything is drawn; returns the
+    empty prompt's embedding (1, L, E). Raises what parts that do not fit each other raise."""
     unet, vae = pipeline.unet, pipeline.vae
     check_words(pipeline.tokenizer)
     embeds = pipeline.encode_prompt([""], unet.device, 1, False)[0]
