@@ -597,8 +597,8 @@ def load_models(config: Config, device: torch.device, finetuned: Path | None = N
 
 @torch.no_grad()
 def try_out(pipeline: StableDiffusionPipeline) -> Tensor:
-    """Use every part once, on a small latent, before anything is drawn; returns the
-    empty prompt's embedding (1, L, E). Raises what parts that do not fit each other raise."""
+    """Use every part once, on a small latent, before anything is drawn. Returns the empty prompt's
+    embedding (1, L, E); raises what parts that do not fit each other raise."""
     unet, vae = pipeline.unet, pipeline.vae
     check_words(pipeline.tokenizer)
     embeds = pipeline.encode_prompt([""], unet.device, 1, False)[0]
