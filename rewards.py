@@ -17,12 +17,15 @@ Preference scores and clip are cosine similarities, without CLIP's logit scale o
 from the Hugging Face hub, or without a network from what follows a colon:
 
     hpsv2:FILE_OR_FOLDER    HPS_v2_compressed.pt, for hpsv2.1 HPS_v2.1_compressed.pt
-    pickscore:FOLDER        yuvalkirstain/PickScore_v1 with the files of its CLIP processor
+    pickscore:FOLDER        yuvalkirstain/PickScore_v1
     aesthetic:FOLDER        openai/clip-vit-large-patch14 with the predictor's .pth
 
+A weight follows the last `=` of an item. A reward of weight 0 is watched: it is computed and
+logged, but the sum leaves it out. A watched NaN is logged, and training goes on.
+
 Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. They compute
-in float32 whatever the caller's autocast. Each one's factory imports what only it needs: a run with
-one reward neither imports nor downloads others. A further model is a factory in FACTORIES, below.
+in float32 whatever the caller's autocast. A run with one reward neither imports nor downloads what
+others need. A further model is a factory in FACTORIES, below.
 """
 
 import contextlib
@@ -30,12 +33,23 @@ import functools
 import importlib.util
 import io
 import math
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
+
+from prompts.sets import explain, split_list
+
+# Else transformers posts the id of a repository without safetensors to a service that converts its
+# weights, and then downloads them a second time.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -51,34 +65,29 @@ class Reward:
         """Every scorer's raw, unweighted scores.
 
         images: (P, 3, H, W) float in [0, 1]; prompts: P strings. Returns name -> (P,) float32, in
-        the scorer's own unit, NaN for an image that is not finite. Raises ValueError naming a
-        scorer whose output is not P numbers.
+        the scorer's own unit, NaN for an image that is not finite. Raises RuntimeError if a scorer
+        fails, ValueError if it returns other than P numbers; both name it. No scorer can change
+        what another one sees.
         """
         is_finite = images.isfinite().flatten(1).all(1)  # (P,); in 8 bits NaN would be black
         images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
         scores = {}
         for name, scorer in self.scorers.items():
-            try:
-                with torch.autocast(images.device.type, enabled=False):
-                    score = scorer(images, prompts)
-            except ValueError as error:  # a fault in a function, not a user's mistake in a flag
-                raise RuntimeError(f"reward {name!r} failed: {cause(error)}") from error
-            try:
-                score = torch.as_tensor(score)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"reward {name!r} returned a {type(score).__name__}; it must "
-                                 "return one number an image") from None
-            if score.shape != (len(prompts),):
-                raise ValueError(
-                    f"reward {name!r} returned shape {tuple(score.shape)}; it must return one "
-                    f"number an image, shape ({len(prompts)},)"
-                )
+            with contained(f"reward {name!r}", images.device):
+                score = scorer(images.clone(), list(prompts))
+            found = f"a {type(score).__name__}"
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                score = torch.as_tensor(score).detach()
+                found = f"shape {tuple(score.shape)}"
+            if found != f"shape ({len(prompts)},)":
+                raise ValueError(f"reward {name!r} returned {found}; it must return one number an "
+                                 f"image, shape ({len(prompts)},)")
             scores[name] = score.to(images.device, torch.float32).where(is_finite, math.nan)
         return scores
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """sum over scorers of weight * score, (P,) float32."""
-        return sum(self.weights[name] * score for name, score in terms.items())
+        """sum over scorers of weight * score, (P,) float32; a weight of 0 leaves even NaN out."""
+        return sum(weight * terms[name] for name, weight in self.weights.items() if weight)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """r(x_0, c): images (P, 3, H, W) float in [0, 1] and P prompts -> (P,) float32."""
@@ -88,28 +97,69 @@ class Reward:
 def load_reward(spec: str, device: torch.device | str) -> Reward:
     """Build the reward of a spec (see the module's docstring), its networks on `device`.
 
-    Raises ValueError for an unknown name, a weight that is not a number, or weights that are
-    missing, damaged, or of another network; it names the spec and what was found.
+    Raises ValueError for a spec that is not clear and for weights that cannot be loaded,
+    RuntimeError for a reward file that fails. Both name the scorer.
     """
+    load_module.cache_clear()  # a notebook's user edits the file and loads it again
     scorers, weights = {}, {}
-    for part in spec.split(","):
-        scorer, _, weight = part.strip().partition("=")
-        name, _, argument = scorer.partition(":")
-        factory = load_function if name.endswith(".py") else FACTORIES.get(name)
-        if factory is None:
-            known = ", ".join([*FACTORIES, "FILE.py:FUNCTION"])
-            raise ValueError(f"--reward {spec}: unknown reward {name!r}; there are {known}")
-        logged_as = argument if factory is load_function else name
-        if logged_as in scorers:
-            raise ValueError(f"--reward {spec}: {logged_as!r} is given twice")
+    for scorer, weight in parse_reward(spec).items():
+        name, factory = find_factory(scorer)
         try:
-            weights[logged_as] = float(weight or 1)
-            if not math.isfinite(weights[logged_as]):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"--reward {spec}: the weight {weight!r} is not a number") from None
-        scorers[logged_as] = factory(scorer, device)
+            scorers[name], weights[name] = factory(scorer, device), weight
+        except Exception as error:
+            if factory is load_function or isinstance(error, torch.OutOfMemoryError):
+                raise
+            hint = "" if ":" in scorer else f"; a local copy is given as {scorer}:PATH"
+            reason = f"--reward {scorer} cannot be loaded ({explain(error)}){hint}"
+            raise ValueError(reason) from error
     return Reward(scorers, weights)
+
+
+def parse_reward(spec: str) -> dict[str, float]:
+    """The weight of every scorer of a spec: "clip:demo/clip=2,hpsv2" -> {"clip:demo/clip": 2.0,
+    "hpsv2": 1.0}. It loads nothing. Raises ValueError for a spec that says nothing clear."""
+    weights, names = {}, set()
+    try:
+        for item in split_list(spec):
+            scorer, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
+            name, factory = find_factory(scorer)
+            if factory is None:
+                raise ValueError(f"unknown reward {scorer!r}; there are {', '.join(FACTORIES)} and "
+                                 "FILE.py:FUNCTION")
+            if scorer == "clip" or scorer.endswith(":"):
+                raise ValueError(f"{scorer!r} lacks what a colon gives: a folder, file or function")
+            if name in names:
+                raise ValueError(f"{name!r} is given twice")
+            names.add(name)
+            weights[scorer] = float(weight)
+        if not 0 < sum(map(abs, weights.values())) < math.inf:
+            raise ValueError("weights must be finite, and at least one of them not 0")
+    except ValueError as error:
+        raise ValueError(f"--reward {spec}: {error}") from None
+    return weights
+
+
+def find_factory(scorer: str) -> tuple[str, Callable | None]:
+    """The name under which a scorer is logged, and what makes it; None if nothing does."""
+    file, _, function = scorer.rpartition(":")
+    name = scorer.partition(":")[0]
+    return (function, load_function) if file.endswith(".py") else (name, FACTORIES.get(name))
+
+
+@contextlib.contextmanager
+def contained(name: str, device: torch.device | str) -> Iterator[None]:
+    """Run code that may not be ours: what it raises names it, what it sets for all is set back."""
+    dtype = torch.get_default_dtype()
+    try:
+        with (contextlib.chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()),
+              torch.autocast(torch.device(device).type, enabled=False)):
+            yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError):
+        raise  # no fault of the code
+    except BaseException as error:  # SystemExit too, which would end the run as if all were well
+        raise RuntimeError(f"{name} failed: {explain(error)}") from error
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 # Factories: the scorer's part of the spec and a device -> scorer of (P, 3, H, W) uint8 images.
@@ -123,17 +173,15 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
 
     version, _, local = spec.partition(":")
     name = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}[version]
-    with loading(spec, local or "xswu/HPSv2"):
-        file = Path(local) if local else download("xswu/HPSv2", name)
-        network = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
-        load_weights(network, file / name if file.is_dir() else file, "state_dict")
-    network.to(device).eval()
+    file = Path(local or hf_hub_download("xswu/HPSv2", name))
+    network = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).to(device).eval()
+    load_weights(network, file / name if file.is_dir() else file, "state_dict")
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     def image_features(images: Tensor) -> Tensor:
-        # The longer side is resized to 224 and the shorter padded with black, as in the official
-        # code; that leaves antialias to torchvision, whose default was False before version 0.17.
-        # Scores differ by it: we fix what today's versions do.
+        # As in the official code, the longer side is resized to 224 and the shorter one is padded
+        # with black. That code leaves antialias to torchvision, whose default was False before
+        # version 0.17, and scores differ by it: we fix what today's versions do.
         size = network.visual.image_size  # 224, 224
         sides = [round(side * size[0] / max(images.shape[-2:])) for side in images.shape[-2:]]
         images = vision.resize(images / 255, sides, InterpolationMode.BICUBIC, antialias=True)
@@ -146,35 +194,36 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
 
 
 def load_clip(spec: str, device: torch.device | str) -> Scorer:
-    """A transformers CLIP: "clip:FOLDER_OR_HUB_ID", "pickscore" (Kirstain et al., 2023) or
-    "pickscore:FOLDER"."""
-    from transformers import CLIPModel, CLIPProcessor
+    """A transformers CLIP: "clip:FOLDER_OR_HUB_ID", "pickscore" or "pickscore:FOLDER"."""
+    from transformers import CLIPTokenizer
 
-    source = processor_source = spec.partition(":")[2]
-    if spec == "pickscore":
-        source = "yuvalkirstain/PickScore_v1"
-        processor_source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    if not source:
-        raise ValueError(f"--reward {spec}: name the model, {spec.partition(':')[0]}:FOLDER")
-    with loading(spec, source):
-        network = load_network(CLIPModel, source)
-    with loading(spec, processor_source):
-        processor = CLIPProcessor.from_pretrained(processor_source, trust_remote_code=False)
-        check_words(processor.tokenizer)
-    network.to(device)
+    source = spec.partition(":")[2] or "yuvalkirstain/PickScore_v1"
+    network, image_features = load_clip_network(source, device)
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+    check_words(tokenizer)
     longest = network.config.text_config.max_position_embeddings  # 77 tokens
+
+    def text_features(prompt: str) -> Tensor:
+        inputs = tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt")
+        return network.text_projection(network.text_model(**inputs.to(device)).pooler_output)
+
+    return cosine(image_features, text_features)
+
+
+def load_clip_network(source: str, device: torch.device | str) -> tuple[nn.Module, Callable]:
+    """A transformers CLIP, and its features (P, F) as a function of (P, 3, H, W) uint8 images."""
+    # Not by CLIPProcessor, which refuses an image processor's old name, CLIPFeatureExtractor.
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    network = load_network(CLIPModel, source).to(device)  # first, as it tells why the hub fails
+    processor = CLIPImageProcessor.from_pretrained(source)
 
     def image_features(images: Tensor) -> Tensor:
         # uint8 images, because the processor divides by 255 whatever it is given.
-        inputs = processor.image_processor(list(images), return_tensors="pt").to(device)
+        inputs = processor(list(images), return_tensors="pt").to(device)
         return network.visual_projection(network.vision_model(**inputs).pooler_output)
 
-    def text_features(prompt: str) -> Tensor:
-        inputs = processor.tokenizer(prompt, truncation=True, max_length=longest,
-                                     return_tensors="pt").to(device)
-        return network.text_projection(network.text_model(**inputs).pooler_output)
-
-    return cosine(image_features, text_features)
+    return network, image_features
 
 
 def cosine(image_features: Callable[[Tensor], Tensor],
@@ -194,31 +243,19 @@ def cosine(image_features: Callable[[Tensor], Tensor],
 
 def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
     """A regression of human ratings from CLIP image features: "aesthetic", "aesthetic:FOLDER"."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
     local = spec.partition(":")[2]
-    source, head_source = (local or hub_id for hub_id in
-                           ("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"))
-    with loading(spec, source):
-        network = load_network(CLIPVisionModelWithProjection, source)
-        processor = CLIPImageProcessor.from_pretrained(source)
-
+    network, image_features = load_clip_network(local or "openai/clip-vit-large-patch14", device)
     # No activations: as published, it is linear from end to end.
     head = nn.ModuleDict({"layers": nn.Sequential(
         nn.Linear(network.config.projection_dim, 1024), nn.Dropout(0.2),
-        nn.Linear(1024, 128), nn.Dropout(0.2),
-        nn.Linear(128, 64), nn.Dropout(0.1),
-        nn.Linear(64, 16), nn.Linear(16, 1))})
-    with loading(spec, head_source):
-        name = "aesthetic-model.pth"
-        load_weights(head, next(Path(local).glob("*.pth"), Path(local) / name) if local
-                     else download(head_source, name))
-    network.to(device)
-    head.to(device).eval()
+        nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
+        nn.Linear(64, 16), nn.Linear(16, 1))}).to(device).eval()
+    file = (next(Path(local).glob("*.pth"), Path(local, "*.pth")) if local else  # its name varies
+            hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"))
+    load_weights(head, file)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        features = network(**processor(list(images), return_tensors="pt").to(device)).image_embeds
-        return head["layers"](nn.functional.normalize(features, dim=-1)).squeeze(-1)
+        return head["layers"](nn.functional.normalize(image_features(images), dim=-1)).squeeze(-1)
 
     return score
 
@@ -229,27 +266,33 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
     sizes = []
     for image in images.cpu():
-        with io.BytesIO() as file:
-            to_pil_image(image).save(file, format="JPEG", quality=95)
-            sizes.append(file.tell() / 1000)
+        file = io.BytesIO()
+        to_pil_image(image).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
     return torch.tensor(sizes)
 
 
 def load_function(spec: str, device: torch.device | str) -> Scorer:
     """FUNCTION of FILE.py, which gets float images in [0, 1]."""
-    file, _, function = spec.partition(":")
+    file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"--reward {spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise RuntimeError(f"--reward {spec}: {file} failed: {cause(error)}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"--reward {spec}: {file} defines no function "
-                         f"{function!r}; give FILE.py:FUNCTION")
-    return lambda images, prompts: getattr(module, function)(images / 255, prompts)
+    with contained(f"--reward {spec}: {file}", device):
+        module = load_module(Path(file).resolve())
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--reward {spec}: there is no function {name!r} in {file}")
+    return lambda images, prompts: function(images / 255, prompts)
+
+
+@functools.cache
+def load_module(file: Path) -> ModuleType:
+    """Import a file, once for all functions of it."""
+    # A name that hides no installed module. Without dots, at which pickle would split it.
+    spec = importlib.util.spec_from_file_location(str(file).replace(".", "_"), file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
 
 
 FACTORIES = {
@@ -263,41 +306,19 @@ FACTORIES = {
 }
 
 
-# Weights: from the hub or from disk, never by running code that is in a file.
-
-
-@contextlib.contextmanager
-def loading(spec: str, source: str) -> Iterator[None]:
-    """Turn what the hub, a damaged file or a pickle with code in it can raise into a sentence."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"--reward {spec}: {source} cannot be loaded ({cause(error)})"
-        if not Path(source).exists():
-            reason += (f"; without a network give a local copy, as in {spec.partition(':')[0]}:"
-                       "PATH, or point HF_HOME at a cache that holds it")
-        raise ValueError(reason) from error
-
-
-def cause(error: Exception) -> str:
-    """The first line of what an error says, which is all that fits into a sentence."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def download(repository: str, name: str) -> Path:
-    """A file of a hub repository, from the cache if it is there."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(repository, name))
-
-
 def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
-    """loader.from_pretrained(source) in float32 and eval mode.
-
-    Raises ValueError for missing or misshapen weights, which it would fill with random numbers.
-    """
-    network, report = loader.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    """loader.from_pretrained(source) in float32 and eval mode; a half-precision file only where
+    there is no other. Raises ValueError for weights that are missing or misshapen, which it would
+    fill with random numbers."""
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        network, report = loader.from_pretrained(source, **options)
+    except OSError as error:  # a broken file must not become another one in silence
+        cause = error.__cause__ or error.__context__
+        if "no file named" not in str(error) or isinstance(cause, LocalEntryNotFoundError):
+            raise
+        network, report = loader.from_pretrained(source, variant="fp16", **options)
+        print(f"{source}: of {options.get('subfolder', 'it')} there is half precision only")
     if misfits := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
         raise ValueError(f"it does not fit {loader.__name__}: {misfits[0]}")
     return network.float().eval()
@@ -309,18 +330,10 @@ def check_words(tokenizer: Callable) -> None:
         raise ValueError("its tokenizer knows no words; are its files there?")
 
 
-def load_weights(network: nn.Module, file: Path, key: str | None = None) -> None:
-    """Load a pickled state_dict, or state_dict[key]; its names and shapes must be the network's."""
+def load_weights(network: nn.Module, file: Path | str, key: str | None = None) -> None:
+    """Load a pickled state_dict, or state_dict[key], without running code that may be in it."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state if key is None else state[key]
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged or holds other things than this network's weights: "
-                         f"{type(error).__name__}") from error
-    wanted, found = ({name: tuple(weight.shape) for name, weight in weights.items()}
-                     for weights in (network.state_dict(), state))
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"{name} is {found.get(name, 'missing')} in {file} and "
-                             f"{wanted.get(name, 'missing')} in the network")
-    network.load_state_dict(state)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} is damaged or has code in it, which is never run") from None
+    network.load_state_dict(state if key is None else state[key])
