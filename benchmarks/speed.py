@@ -88,17 +88,17 @@ class Ours:
             "--micro_batch_size", str(micro_batch_size), *flags])
         self.models = prdp.load_models(self.config, CPU)
         self.models.reward = BRIGHTNESS
-        self.prompts = prdp.read_prompts(self.config.prompts, self.config.prompt_template)
-        weights = self.models.policy.trained.values()
+        (self.prompts,) = prdp.load_prompts(self.config).values()
+        weights = prdp.trained_weights(self.models.policy.unet).values()
         self.optimizer = torch.optim.AdamW(weights, self.config.learning_rate)
         self.epoch = 0
 
     def __call__(self) -> dict[str, float]:
-        seconds, self.epoch = {}, self.epoch + 1
+        self.epoch += 1
         with timing("trajectory_log_probs") as passes:
             trajectories = prdp.collect_epoch(self.config, self.models, self.prompts, self.epoch,
-                                              seconds)
-        reference = passes[1] if len(passes) > 1 else 0.0
+                                              {})
+        reference, seconds = sum(passes), trajectories.seconds
         with prdp.timed(seconds, "updating"):
             prdp.update_policy(self.config, self.models.policy, self.optimizer, trajectories)
         # TRL's sampling decodes its images too.
@@ -174,7 +174,7 @@ def peer(rounds: int = 7) -> None:
         tasks = {f"TRL DDPO, {size}": Trl(size, folder, as_it_is) for size in (8, 64)}
         tasks |= {f"TRL DDPO, {size}, channels_last": Trl(size, folder, like_ours)
                   for size in (8, 64)}
-        tasks |= {f"prdp.py DDPO, {size}": Ours(size, "--objective", "ddpo")
+        tasks |= {f"prdp.py GRPO, {size}": Ours(size, "--objective", "grpo")
                   for size in (8, 64, 256)}
         tasks |= {f"prdp.py PRDP, {size}": Ours(size) for size in (8, 64, 256)}
         rows = [{"what, micro-batch": name, **parts}
@@ -234,20 +234,21 @@ def skip(updates: int = 10) -> None:
     ours = Ours(64, "--clip_range", "1e-6", "--learning_rate", "1e-5")
     trajectories = prdp.collect_epoch(ours.config, ours.models, ours.prompts, 0, {})
     policy, old, rows = ours.models.policy, trajectories.log_probs_old, []
-    weights = list(policy.trained.values())
+    weights = list(prdp.trained_weights(policy.unet).values())
 
     def gradient(grad: Tensor) -> tuple[Tensor, float]:
         started = time.perf_counter()
         prdp.backward_log_probs(policy, trajectories, grad, ours.config.micro_batch_size)
         seconds = time.perf_counter() - started
+        prdp.average_gradients(weights)  # alone it only makes gradients that are missing zeros
         return torch.cat([weight.grad.flatten() for weight in weights]), seconds
 
     for k in range(updates):
         log_probs = old if k == 0 else prdp.trajectory_log_probs(
             policy, trajectories.prompt_embeds, trajectories.latents, 64).view_as(old)
         log_probs = log_probs.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(prdp.objective(ours.config, log_probs, trajectories),
-                                      log_probs)
+        loss = prdp.objective_loss(ours.config, log_probs, trajectories, None)
+        (grad,) = torch.autograd.grad(loss, log_probs)
         grad = grad.flatten(0, 1)
         # Entries of 1e-300 are not left out, and add nothing.
         everything, seconds_all = gradient(grad.where(grad != 0, 1e-300))
@@ -319,7 +320,8 @@ def allreduce(rounds: int = 5) -> None:
 # -------------------------------------------------------------------------------------------- gpu
 
 PEAKS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16 FLOP/s
-VARIANTS = ("bf16", "channels_first", "gradient_checkpointing", "lora", "compile", "float32")
+VARIANTS = ("bf16", "tf32", "float32", "channels_first", "gradient_checkpointing", "lora",
+            "compile")
 
 
 def gpu() -> None:
@@ -330,7 +332,8 @@ def gpu() -> None:
     rows = []
     for variant in VARIANTS:
         policy = random_policy(variant, torch.device("cuda"))
-        optimizer = torch.optim.AdamW(policy.trained.values(), 1e-9, fused=True)
+        weights = prdp.trained_weights(policy.unet).values()
+        optimizer = torch.optim.AdamW(weights, 1e-9, fused=True)
         for size in (1, 2, 4, 8, 16, 32):
             row = {"variant": variant, "micro-batch": size}
             rows.append(row)
@@ -339,14 +342,14 @@ def gpu() -> None:
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
                 break
-        del policy, optimizer
+        del policy, weights, optimizer
         gc.collect()
         torch.cuda.empty_cache()
         report("gpu", rows, latents="64 x 64")
     for preset in ("small", "large", "multi"):
         config = prdp.Config(**prdp.PRESETS[preset])
         K = config.updates_per_epoch
-        for variant in ("bf16", "float32"):
+        for variant in ("bf16", "tf32", "float32"):
             of_its_size = [row for row in rows if row.get("micro-batch") == config.micro_batch_size
                            and row["variant"] == variant and "pairs backward/s" in row]
             for row in of_its_size:
@@ -369,16 +372,18 @@ def random_policy(variant: str, device: torch.device) -> prdp.Policy:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.to(device).eval()
-    config = prdp.Config(gradient_checkpointing=variant == "gradient_checkpointing",
-                         compile=variant == "compile", lora_rank=16 * (variant == "lora"))
-    if config.lora_rank:
+    if variant != "channels_first":
+        unet.to(memory_format=torch.channels_last)
+    if variant == "lora":
         unet.requires_grad_(False)
-        prdp.add_lora(SimpleNamespace(unet=unet), config)  # all that it takes of a pipeline
-    prdp.prepare_unet(unet, config)
-    if variant == "channels_first":
-        unet.to(memory_format=torch.contiguous_format)
+        prdp.add_lora(unet, prdp.Config(lora_rank=16))
+    if variant == "gradient_checkpointing":
+        unet.enable_gradient_checkpointing()
+    if variant == "compile":
+        unet.compile(dynamic=True)
     negative_embeds = torch.randn(1, 77, 768, device=device)
-    return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE, variant != "float32")
+    return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE,
+                       variant if variant in ("tf32", "float32") else "bf16")
 
 
 def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict) -> None:
@@ -388,7 +393,7 @@ def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict
     size, device = row["micro-batch"], policy.negative_embeds.device
     embeds = torch.randn(size, 77, 768, device=device)
     latents = torch.randn(size, 6, 4, 64, 64, device=device)
-    trajectories = prdp.Trajectories(0, [], embeds, latents, *[torch.empty(0)] * 3, {})
+    trajectories = SimpleNamespace(prompt_embeds=embeds, latents=latents)
     grad = torch.full((size, 5), 1e-9, dtype=torch.float64, device=device)
 
     def sample() -> None:
