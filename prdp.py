@@ -3,72 +3,76 @@
 Deng, Wang, Wei, Grundmann, Hou, "PRDP: Proximal Reward Difference Prediction for Large-Scale
 Reward Finetuning of Diffusion Models", CVPR 2024, arXiv 2402.08714, whose equations are cited here.
 
-A diffusion model is a policy pi_theta: for a prompt c it draws a trajectory x_{0:T} of denoising
-steps. We raise any reward r(x_0, c) of the final image, but stay near the pretrained model (Eq. 6):
-
-    maximise  E[ r(x_0, c) ] - beta * KL[ pi_theta(x_{0:T} | c) || pi_ref(x_{0:T} | c) ]
-
-The optimum is pi_ref exp(r / beta) / Z(c), and Z cancels between two trajectories a, b of a prompt
-(Eq. 9): at the optimum, differences of log ratios to pi_ref equal reward differences / beta. PRDP
-is regression towards that (Eq. 14), and by the paper stays stable where policy gradients collapse:
-
-    r_hat(x_{0:T}) = log pi_theta(x_{0:T} | c) - log pi_ref(x_{0:T} | c)
-    loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
-
-Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of what it was
-under the policy that drew the trajectory, and a pair's loss is the larger of plain and clipped.
-
-Algorithm 1, and the function that does each line:
-
-    for each epoch                                              train
-        draw N prompts and B trajectories of each from pi_old   collect_epoch: sample_trajectories
-        log pi_ref of these trajectories                        collect_epoch: trajectory_log_probs
-        reward every final image                                collect_epoch: score_images
-        K times, over all prompts and all pairs of each         update_policy
-            log pi_theta, without a graph                       update_policy: trajectory_log_probs
-            the loss and its gradient at every log-prob         update_policy: prdp_loss
-            that gradient's way into the weights; AdamW         update_policy: backward_log_probs
-
-Deviations from the paper
- 1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
-    Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
- 2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02; that of
-    diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
- 3. Rewards are float32 and log-probs reduced in float64: eps = 1e-6 is near float32's rounding.
- 4. A prompt whose rewards all tie has no pair; its loss is 0 (the paper has a mean over nothing),
-    and an update with no gradient at all changes no weight.
- 5. The baseline, `--objective ddpo`, normalises rewards by the prompt's B images of the epoch only.
- 6. `--offline` (Fig. 7) trains on the first epoch's prompts, sampled from pi_ref and drawn again
-    every epoch; pi_old is the policy at the epoch's start, and reward_mean stays pi_ref's.
- 7. bfloat16 autocast on GPUs that have it, though its rounding exceeds what one update changes in
-    a log-prob: for K > 1 see --no_mixed_precision. Rewards see images rounded to 8 bits.
-
     torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
     torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prdp.py
     python prdp.py --evaluate runs/demo-clip                   # base against finetuned
 
-`grep -n '^# .*§' prdp.py` prints the outline. After §4 a reader has seen the whole algorithm, but
-for the loop over epochs, which is `train`.
+A diffusion model is a policy pi_theta: for a prompt c it samples a trajectory x_{0:T} of denoising
+steps. We raise any reward r(x_0, c) of the final image, but stay near the pretrained model (Eq. 6):
+
+    maximise  E[ r(x_0, c) ] - beta * KL[ pi_theta(x_{0:T} | c) || pi_ref(x_{0:T} | c) ]
+
+The optimum is pi_ref exp(r / beta) / Z(c). Z cancels between two trajectories a, b of one prompt
+(Eq. 9): at the optimum, differences of log ratios to pi_ref equal reward differences / beta. PRDP
+is regression towards that (Eq. 14):
+
+    r_hat(x_{0:T}) = log pi_theta(x_{0:T} | c) - log pi_ref(x_{0:T} | c)
+    loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
+
+Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
+the policy that sampled the trajectory, and a pair's loss is the larger of plain and clipped.
+
+Algorithm 1, and the function that does each line:
+
+    for each epoch                                              run_epoch
+        pick N prompts, sample B trajectories of each from old  collect_epoch: sample_trajectories
+        log pi_ref of these trajectories                        collect_epoch: trajectory_log_probs
+        reward every final image                                collect_epoch: Models.score
+        K times, over all prompts and all pairs of each         update_policy
+            log pi_theta, without a graph                       update_policy: trajectory_log_probs
+            the loss and its gradient at every log-prob         update_policy: prdp_loss
+            that gradient's way into the weights; AdamW         update_policy: backward_log_probs
+
+At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
+of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
+REINFORCE with a leave-one-out baseline (RLOO) and a KL reward. Like GRPO, PRDP compares the images
+of a prompt. Its own are the exact optimum with KL and, for K > 1, proximal regression. An open
+question: clipping cannot bind at theta = old, yet by Table 5 large-scale PRDP without it diverges.
+
+Deviations from the paper
+ 1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
+    Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
+ 2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
+    of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
+ 3. Rewards are float32, of images rounded to 8 bits, and log-probs are reduced in float64.
+ 4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing).
+ 5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
+ 6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1, see --precision.
+ 7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
+
+`grep -n '^# .*§' prdp.py` prints the outline. After §4 you have seen the whole algorithm.
 """
 
-import argparse
 import contextlib
 import copy
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -77,6 +81,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import diffusers
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
@@ -84,18 +89,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from prompts.sets import NAMES, prompt_file
-from rewards import Reward, cause, check_words, load_network, load_reward
+from prompts.sets import explain, read_prompts, split_list
+from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
-# ---------------------------------------------------------------------------------------- §1 Config
+# ----------------------------------------------------------------------------------- §1 Config
 
 
 @dataclass
 class Config:
-    """Every knob; the defaults are the small-scale column of the paper's Table 4.
+    """Every flag. Defaults: the small-scale column of Table 4; `PRESETS` (§9) has the others.
 
     Sizes are for all processes together; only micro_batch_size is for each. As log-probs are means
     over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
@@ -103,21 +108,22 @@ class Config:
     """
 
     preset: Literal["small", "large", "multi", "demo"] = HfArg(
-        default="small", help="where defaults come from: a column of Table 4, or the demo")
+        default="small", help="where defaults come from")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
-    prompts: str = HfArg(default="prompts/animals.txt", help="text file, one prompt a line, or a "
-                         "name in prompts/sets.py; with --evaluate several, commas between")
+    prompts: str = HfArg(default="prompts/animals.txt", help="file or named set, see "
+                         "prompts/sets.py, or several with commas between")
     prompt_template: str = HfArg(
         default="A painting of a {}", help="around each line; {} alone with your own --prompts")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
-    objective: Literal["prdp", "ddpo"] = HfArg(default="prdp", help="prdp, or the baseline ddpo")
-    offline: bool = HfArg(default=False, help="train on one pool, drawn from pi_ref (Fig. 7)")
-    run_dir: str | None = HfArg(
-        default=None, aliases=["--run"], help="output folder, continued if it is there; if not "
-        "given, runs/PRESET-REWARD. torchrun on Python 3.11 takes --run for its own")
+    objective: Literal["prdp", "ddpo", "grpo"] = HfArg(
+        default="prdp", help="prdp, or the paper's baseline ddpo, or grpo; see §3")
+    tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
+    offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
+    run_dir: str | None = HfArg(default=None, aliases=["--run"], help="output folder, continued if "
+                                "there; if not given, runs/PRESET-REWARD")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
-    updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch, each over all pairs")
+    updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch")
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
     kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
@@ -129,68 +135,15 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    mixed_precision: bool = HfArg(default=True, help="bfloat16 on GPUs that have it; with "
-                                  "--no_mixed_precision float32")
+    # bf16 rounds a log-prob by more than an update changes it, which harms where K > 1 compares the
+    # two. TF32 rounds 8 times finer.
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
+        "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
     compile: bool = HfArg(default=False, help="compile the UNet, which takes minutes at first")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
-    keep_checkpoints: int = HfArg(default=1, help="how many stay on disk, the newest")
-    evaluate: str | None = HfArg(default=None, help="a finished run, compared with its base")
+    save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
+    evaluate: str | None = HfArg(default=None, help="a run, compared with its base, or: base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
-
-
-MULTI = dict(
-    prompts="pickapic", prompt_template="{}", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
-    num_epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
-    clip_range=1e-4)
-PRESETS = {
-    "small": {},
-    "multi": MULTI,
-    "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
-    "demo": dict(
-        model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
-        prompts_per_epoch=44, images_per_prompt=6, num_steps=10, kl_weight=1.0, clip_range=1e-4,
-        guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64),
-}
-
-
-def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags beat the preset; with --evaluate they beat what the run was made with."""
-
-    def fail(message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains the flags")
-
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
-    parser.error = fail  # else argparse ends every process with a message of its own
-    given = parser.parse_args(arguments, argparse.Namespace(prompts=None))  # None: not given
-    defaults = asdict(Config()) | PRESETS[given.preset]
-    if given.evaluate is not None:
-        defaults = read_config(Path(given.evaluate))
-    if given.prompts:  # the default template is for the default list
-        is_default = given.prompts == Config().prompts
-        defaults["prompt_template"] = Config().prompt_template if is_default else "{}"
-    parser.set_defaults(**defaults)
-    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if not config.run_dir:
-        scorers = [part.partition("=")[0].partition(":")[0] for part in config.reward.split(",")]
-        names = "+".join(Path(scorer.strip()).name for scorer in scorers)
-        config.run_dir = f"runs/{config.preset}-{names}"
-
-    bounds = {"images_per_prompt": 2, "clip_range": 0, "kl_weight": 1e-12, "max_grad_norm": 1e-12,
-              "lora_rank": 0, "learning_rate": 0, "weight_decay": 0}
-    bounds |= dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "num_steps",
-                             "micro_batch_size", "samples_per_prompt", "keep_checkpoints"), 1)
-    for name, bound in bounds.items():
-        if not getattr(config, name) >= bound:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
-    if "{}" not in config.prompt_template:
-        raise ValueError(f"--prompt_template {config.prompt_template!r}: there is no {{}} in it")
-    if config.evaluate is not None and config.lora_rank != defaults["lora_rank"]:
-        raise ValueError(f"--lora_rank {config.lora_rank}: must be the run's, "
-                         f"{defaults['lora_rank']}")
-    if config.offline and config.objective == "ddpo":
-        raise ValueError("--offline: ddpo is a policy gradient and needs its policy's samples")
-    return config
 
 
 # ------------------------------------------------------------------------ §2 Denoising as a policy
@@ -202,13 +155,13 @@ def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor
                   prompt_embeds: Tensor, negative_embeds: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: eps(x, "") + guidance_scale * (eps(x, c) - eps(x, "")).
 
-    latents: (P, C, H, W) float32; timesteps: (P,), 0..999, may mix steps; prompt_embeds: (P, L, E);
-    negative_embeds: (1, L, E), of the empty prompt; guidance_scale 1 leaves it out. Returns what
-    the checkpoint was trained to predict, noise or velocity, (P, C, H, W) float32.
+    latents: (P, C, H, W) float32; timesteps: (P,), 0..999, may mix steps; prompt_embeds: (P, L, F);
+    negative_embeds: (1, L, F), of the empty prompt, which guidance_scale <= 1 leaves out. Returns
+    what the checkpoint was trained to predict, noise or velocity, (P, C, H, W) float32.
     """
-    if guidance_scale == 1:
+    if guidance_scale <= 1:
         return unet(latents, timesteps, prompt_embeds).sample.to(latents.dtype)
-    embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2P, L, E)
+    embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2P, L, F)
     both = unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).sample  # (2P, C, H, W)
     unconditional, conditional = both.to(latents.dtype).chunk(2)  # (P, C, H, W) each
     return unconditional + guidance_scale * (conditional - unconditional)
@@ -251,73 +204,63 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 @dataclass
 class Policy:
     """pi(x_{t-1} | x_t, c): a UNet, its noise schedule, and guidance, which is part of it."""
-
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler  # after set_timesteps(T)
-    negative_embeds: Tensor  # (1, L, E)
+    negative_embeds: Tensor  # (1, L, F)
     guidance_scale: float
-    mixed_precision: bool = True
+    precision: str = "float32"
+    is_reference: bool = False
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
-        noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
-                                   self.guidance_scale)
+        with torch.autocast(latents.device.type, torch.bfloat16, self.precision == "bf16"):
+            noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
+                                       self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 matrix products on GPUs that have them; the weights are float32 in any case."""
-        device = self.negative_embeds.device.type
-        has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(device, torch.bfloat16, self.mixed_precision and has_bfloat16)
-
-    def in_use(self) -> contextlib.AbstractContextManager:
-        """Around trajectories that are drawn or scored: only a `Reference` (§5) has to prepare."""
-        return contextlib.nullcontext()
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether LoRA adapters sit on the UNet."""
-        return hasattr(self.unet, "peft_config")
-
-    @property
-    def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
-        return {name: weight for name, weight in self.unet.named_parameters()
-                if weight.requires_grad}
 
 
 def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
                         micro_batch_size: int) -> tuple[Tensor, Tensor]:
-    """Draw x_{0:T} ~ pi(. | c) from the given standard normal noise.
+    """Sample x_{0:T} ~ pi(. | c), as a function of standard normal noise.
 
-    prompt_embeds: (P, L, E); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
-    (P, T+1, C, H, W) float32 and their log_probs (P, T) float64, nats per latent element.
+    prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
+    (P, T+1, C, H, W) float32 and their log-probs (P, T) float64, nats per latent element.
     """
-    latents = noise.to(prompt_embeds.device, copy=True)
-    log_probs = trajectory_log_probs(policy, prompt_embeds, latents, micro_batch_size, draw=True)
-    return latents, log_probs
+    noise = noise.to(prompt_embeds.device)
+    return denoise(policy, prompt_embeds, noise, micro_batch_size,
+                   lambda mean, std, noise: mean + std * noise)
+
+
+def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
+                         micro_batch_size: int) -> Tensor:
+    """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
+
+    prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
+    element; bit for bit those of sampling, if this policy sampled the trajectories.
+    """
+    return denoise(policy, prompt_embeds, latents, micro_batch_size,
+                   lambda mean, std, recorded: recorded)[1]
 
 
 @torch.no_grad()
-def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
-                         micro_batch_size: int, draw: bool = False) -> Tensor:
-    """log pi(x_{t-1} | x_t, c) at every step of the trajectories, without a graph.
+def denoise(policy: Policy, prompt_embeds: Tensor, source: Tensor, micro_batch_size: int,
+            next_latent: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The one loop behind sampling and scoring, which so compute the same.
 
-    prompt_embeds: (P, L, E); latents: (P, T+1, C, H, W), recorded, or with draw still the noise
-    that each step turns into its latent. Returns (P, T) float64, nats per latent element. Sampling
-    and scoring share this loop: for the policy that drew the trajectories they agree bit for bit.
+    source: (P, T+1, C, H, W). It starts at source[:, 0], and next_latent(mean, std, source[:, i+1])
+    is where step i leads. Returns the latents, as source, and their log-probs (P, T).
     """
-    timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
-    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    with policy.in_use(), policy.autocast():
-        for images in micro_batches(len(latents), micro_batch_size, "denoising"):
+    timesteps = policy.scheduler.timesteps.to(source.device)  # (T,)
+    latents = source.clone()
+    log_probs = source.new_empty(len(source), len(timesteps), dtype=torch.float64)
+    with in_use(policy):
+        for images in micro_batches(len(source), micro_batch_size, "denoising"):
             x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
             for i, t in enumerate(timesteps):
                 mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-                if draw:
-                    x[:, i + 1] = mean + std * x[:, i + 1]
+                x[:, i + 1] = next_latent(mean, std, x[:, i + 1])
                 log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
-    return log_probs
+    return latents, log_probs
 
 
 # -------------------------------------------------------------------------------- §3 The objective
@@ -334,10 +277,10 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     """Squared error of predicted against true reward differences, proximal (Appendix G).
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
-    policy, the one that drew the trajectories, and the reference; rewards: (B,) or (N, B);
-    clip_range: eps >= 0 in nats per element, may be inf; kl_weight: beta > 0. Returns a scalar, the
-    mean over prompts of the mean over their pairs: never below the plain loss; 0 where log_probs
-    and log_probs_old are the optimum's (Eq. 15); 0, with gradient 0, for a prompt of equal rewards.
+    policy, the one that sampled, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
+    in nats per element, may be inf; kl_weight: beta > 0. Returns a scalar, the mean over prompts of
+    the mean over their pairs: never below the plain loss; 0 where log_probs and log_probs_old are
+    the optimum's (Eq. 15); 0, with gradient 0, for a prompt of equal rewards.
     """
     log_ratios = log_probs - log_probs_ref  # (N, B, T), r_hat_t (Eq. 19)
     log_ratios_old = log_probs_old - log_probs_ref
@@ -358,7 +301,7 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
 
 def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
               clip_range: float) -> Tensor:
-    """The paper's baseline, DDPO: a policy gradient with PPO's clipping (Black et al., 2023).
+    """A policy gradient with PPO's clipping, of the baselines DDPO (Black et al., 2023) and GRPO.
 
     log_probs, log_probs_old: (N, B, T), nats per latent element; advantages: (N, B); clip_range: of
     the likelihood ratio around 1. Returns a scalar, the mean over prompts, images and steps.
@@ -369,6 +312,35 @@ def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
     return torch.maximum(-advantages * likelihood_ratios, -advantages * clipped).mean()
 
 
+def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list[float]],
+                    tracker_size: int) -> Tensor:
+    """Rewards normalised by the prompt's past ones if there are enough, else by the whole epoch's.
+
+    rewards: (N, B) of all processes; prompts: N; history: prompt -> its newest rewards, at most
+    tracker_size, to which this function first adds the epoch's; tracker_size: a history counts
+    when half of this is there; at 0 none does. Returns (N, B) float64 in [-10, 10].
+    """
+    rewards = rewards.double()
+    advantages = normalise(rewards, rewards)
+    if tracker_size > 0:
+        for prompt, new in zip(prompts, rewards.tolist(), strict=True):
+            history[prompt] = [*history.get(prompt, []), *new][-tracker_size:]
+        for i, prompt in enumerate(prompts):
+            if 2 * len(history[prompt]) >= tracker_size:
+                advantages[i] = normalise(rewards[i], rewards.new_tensor(history[prompt]))
+    return advantages.clamp(-10, 10)
+
+
+def grpo_advantages(rewards: Tensor) -> Tensor:
+    """Rewards (N, B) normalised by the B of their own prompt: (N, B) float64."""
+    return torch.stack([normalise(of_prompt, of_prompt) for of_prompt in rewards.double()])
+
+
+def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
+    """rewards less the sample's mean, over its (population) standard deviation."""
+    return (rewards - sample.mean()) / (sample.std(correction=0) + 1e-6)
+
+
 # ------------------------------------------------------------------------------ §4 The online loop
 
 
@@ -376,71 +348,71 @@ def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
 class Trajectories:
     """One epoch's samples on this process: n of the N prompts, each with all of its B images."""
 
-    epoch: int
-    prompts: list[str]  # n
-    prompt_embeds: Tensor  # (n * B, L, E)
+    mine: list[int]  # n of the indices 0..N-1
+    prompt_embeds: Tensor  # (n * B, L, F)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
-    log_probs_ref: Tensor  # (n, B, T) float64; the old ones for an objective without reference
-    rewards: Tensor  # (n, B) float32
+    log_probs_ref: Tensor | None  # (n, B, T) float64; None for ddpo and grpo
+    rewards: Tensor  # (N, B) float32, of all processes
     reward_terms: dict[str, Tensor]  # name -> (n * B,), of which the reward is a weighted sum
+    advantages: Tensor | None  # (n, B) float64; None for prdp
+    seconds: dict[str, float]  # what the epoch's phases took
 
-    def check_finite(self, values: Tensor, name: str) -> None:
-        """Raise ValueError naming the prompt if values (n, ...) have a NaN or an infinity."""
-        for prompt, of_prompt in zip(self.prompts, values.flatten(1), strict=True):
-            if not (finite := of_prompt.isfinite()).all():
-                raise ValueError(f"epoch {self.epoch + 1}: {name} is {of_prompt[~finite][0]} for "
-                                 f"{prompt!r}; nothing of this epoch is saved")
+
+def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer,
+              prompts: list[str], epoch: int, history: dict[str, list[float]]) -> dict:
+    """One epoch of Algorithm 1; returns its metrics. history: past rewards, see ddpo_advantages.
+
+    Raises ValueError for a reward or a gradient that is not finite, before the weights change.
+    """
+    trajectories = collect_epoch(config, models, prompts, epoch, history)
+    with timed(trajectories.seconds, "seconds_updating"):
+        updates = update_policy(config, models.policy, optimizer, trajectories)
+    return {"epoch": epoch + 1} | summarise(config, trajectories, updates)
 
 
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
-                  seconds: dict[str, float]) -> Trajectories:
-    """First half of Algorithm 1: draw N prompts, sample B trajectories of each, score the images.
-
-    Prompts and noise depend on (seed, epoch, prompt, image, step) alone, so any number of processes
-    sees the same. Notes its times in seconds. Raises ValueError if a reward or log-prob is not
-    finite.
-    """
-    key = f"{config.seed}/{0 if config.offline else epoch}"  # offline, one pool is drawn every time
-    epoch_prompts = draw_prompts(prompts, config.prompts_per_epoch, key)  # N
-    mine = range(rank(), config.prompts_per_epoch, world_size())  # n of the indices 0..N-1
-    my_prompts = [epoch_prompts[i] for i in mine]
+                  history: dict[str, list[float]]) -> Trajectories:
+    """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
+    Prompts and noise depend on (seed, epoch, prompt, image, step) alone, not on the processes."""
+    key, size, seconds = f"{config.seed}/{epoch}", config.micro_batch_size, {}
+    epoch_prompts = pick_prompts(prompts, config.prompts_per_epoch, key)  # N
+    mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
     indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
     shape = (len(mine), config.images_per_prompt, -1)  # as which (P, ...) is seen per prompt
-    size = config.micro_batch_size
+
+    def scored_by(policy: Policy) -> Tensor:  # log-probs (n, B, T)
+        return trajectory_log_probs(policy, embeds, latents, size).view(shape)
 
     with timed(seconds, "seconds_sampling"):
-        noise = torch.stack([draw_noise(f"{key}/{i}/{j}", config.num_steps, models.latent_shape)
+        noise = torch.stack([make_noise(f"{key}/{i}/{j}", config.num_steps, models.latent_shape)
                              for i, j in indices])  # (P, T+1, C, H, W)
-        embeds = models.encode_prompts(my_prompts)  # (n, L, E)
-        embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, E)
+        embeds = models.encode_prompts([epoch_prompts[i] for i in mine])  # (n, L, F)
+        embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, F)
+        sampler = models.reference if config.offline else models.policy
+        latents, log_probs = sample_trajectories(sampler, embeds, noise, size)
+        log_probs_old, log_probs_ref = log_probs.view(shape), None  # (n, B, T)
         if config.offline:
-            latents, _ = sample_trajectories(models.reference, embeds, noise, size)
-            log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
-        else:
-            latents, log_probs_old = sample_trajectories(models.policy, embeds, noise, size)
-        log_probs_ref = log_probs_old  # (P, T)
-        if config.objective == "prdp":  # DDPO has no reference
-            log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
+            log_probs_ref, log_probs_old = log_probs_old, scored_by(models.policy)
+        elif config.objective == "prdp":
+            log_probs_ref = scored_by(models.reference)
 
     with timed(seconds, "seconds_scoring"):
         image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
-        terms = score_images(models, latents[:, -1], image_prompts, size)  # name -> (P,)
-        rewards = models.reward.total(terms).view(shape[:2])
-    trajectories = Trajectories(epoch, my_prompts, embeds, latents, log_probs_old.view(shape),
-                                log_probs_ref.view(shape), rewards, terms)
-    trajectories.check_finite(trajectories.log_probs_old, "a log-prob of sampling")
-    trajectories.check_finite(trajectories.log_probs_ref, "a log-prob of the reference")
-    trajectories.check_finite(trajectories.rewards, f"--reward {config.reward}")
-    return trajectories
+        terms = models.score(latents[:, -1], image_prompts, size)  # name -> (P,)
+        rewards = gather(models.reward.total(terms).view(shape[:2]))  # (N, B)
+    for prompt, of_prompt in zip(epoch_prompts, rewards, strict=True):
+        if not of_prompt.isfinite().all():
+            raise ValueError(f"epoch {epoch + 1}: --reward {config.reward} is {of_prompt.tolist()} "
+                             f"for {prompt!r}; nothing of this epoch is saved")
 
-
-def score_images(models: "Models", latents: Tensor, prompts: list[str],
-                 micro_batch_size: int) -> dict[str, Tensor]:
-    """The reward's terms at x_0 (P, C, H, W): name -> (P,) float32, unweighted."""
-    scores = [models.reward.terms(models.decode(latents[batch]), prompts[batch])
-              for batch in micro_batches(len(latents), micro_batch_size, "scoring")]
-    return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+    advantages = None
+    if config.objective == "ddpo":
+        advantages = ddpo_advantages(rewards, epoch_prompts, history, config.tracker_size)[mine]
+    elif config.objective == "grpo":
+        advantages = grpo_advantages(rewards)[mine]
+    return Trajectories(mine, embeds, latents, log_probs_old, log_probs_ref, rewards, terms,
+                        advantages, seconds)
 
 
 def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
@@ -452,45 +424,53 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
     each (image, step) alone, a forward with a graph and a backward that starts from its entry of
     the gradient. By the chain rule this is exact. Returns this process's means over the K updates.
     """
-    old, history = trajectories.log_probs_old, []
+    old, statistics = trajectories.log_probs_old, []
+    weights = list(trained_weights(policy.unet).values())
     for k in range(config.updates_per_epoch):
+        part = images_of_update(config, k)[trajectories.mine].to(old.device)  # (n, B)
         log_probs = old.clone()  # (n, B, T); at k = 0 the policy still is the old one
         if k > 0:
-            log_probs = trajectory_log_probs(
-                policy, trajectories.prompt_embeds, trajectories.latents, config.micro_batch_size
-            ).view_as(old)  # (1)
-        loss = objective_loss(config, log_probs.requires_grad_(), trajectories)
+            log_probs[part] = trajectory_log_probs(
+                policy, trajectories.prompt_embeds[part.flatten()],
+                trajectories.latents[part.flatten()], config.micro_batch_size)  # (1)
+        loss = objective_loss(config, log_probs.requires_grad_(), trajectories, part)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
-        trajectories.check_finite(grad, f"update {k + 1}: the loss's gradient")
         backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
-        weights = list(policy.trained.values())
-        average_gradients(weights)
 
+        average_gradients(weights)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
-            raise ValueError(f"epoch {trajectories.epoch + 1}: update {k + 1}: the gradient's norm "
-                             f"is {grad_norm}; nothing of this epoch is saved")
+            raise ValueError(f"update {k + 1}: the gradient's norm is {grad_norm}; nothing of this "
+                             "epoch is saved")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
-        clipped = ((log_probs.detach() - old).abs() > config.clip_range).double().mean()
-        history.append([loss.item(), clipped.item(), grad_norm.item()])
-    if not all(weight.isfinite().all() for weight in weights):
-        raise ValueError(f"epoch {trajectories.epoch + 1}: an update left weights that are not "
-                         "finite; nothing of this epoch is saved")
-    means = torch.tensor(history).mean(0).tolist()
+        changes = (log_probs - old).detach()[part]  # of which DDPO clips exp(change) - 1
+        changes = changes if config.objective == "prdp" else changes.expm1()
+        clipped = (changes.abs() > config.clip_range).double().mean().nan_to_num()
+        statistics.append([loss.item(), clipped.item(), grad_norm.item()])
+    means = torch.tensor(statistics, dtype=torch.float64).mean(0).tolist()
     return dict(zip(("loss", "clip_fraction", "grad_norm"), means, strict=True))
 
 
-def objective_loss(config: Config, log_probs: Tensor, trajectories: Trajectories) -> Tensor:
-    """The loss of --objective at log_probs (n, B, T), a scalar."""
-    old, rewards = trajectories.log_probs_old, trajectories.rewards.double()
+def images_of_update(config: Config, k: int) -> Tensor:
+    """Which images update k takes: (N, B) bool. PRDP takes all, DDPO and GRPO K disjoint parts."""
+    shape = config.images_per_prompt, config.prompts_per_epoch
+    order = torch.arange(math.prod(shape)).view(shape).T  # so processes have equal shares of parts
+    part = order * config.updates_per_epoch // order.numel()
+    return part == k if config.objective != "prdp" else torch.ones_like(part, dtype=torch.bool)
+
+
+def objective_loss(config: Config, log_probs: Tensor, trajectories: Trajectories,
+                   part: Tensor) -> Tensor:
+    """The loss of --objective at log_probs (n, B, T) for the images in part (n, B), a scalar."""
     if config.objective == "prdp":
-        return prdp_loss(log_probs, old, trajectories.log_probs_ref, rewards, config.clip_range,
+        return prdp_loss(log_probs, trajectories.log_probs_old, trajectories.log_probs_ref,
+                         trajectories.rewards[trajectories.mine], config.clip_range,
                          config.kl_weight)
-    deviations = rewards - rewards.mean(-1, keepdim=True)
-    advantages = deviations / (deviations.square().mean(-1, keepdim=True).sqrt() + 1e-8)  # (n, B)
-    return ddpo_loss(log_probs, old, advantages, config.clip_range)
+    # Others count as 0 in the mean, hence the factor: a K-th of all images is in the part.
+    advantages = trajectories.advantages.where(part, 0) * config.updates_per_epoch
+    return ddpo_loss(log_probs, trajectories.log_probs_old, advantages, config.clip_range)
 
 
 def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
@@ -502,16 +482,17 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
     """
     latents, timesteps = trajectories.latents, policy.scheduler.timesteps.to(grad.device)
     entries = grad.nonzero()  # (M, 2)
-    for batch in micro_batches(len(entries), micro_batch_size, "updating"):
-        image, step = entries[batch].unbind(1)  # (P,) each
-        with policy.autocast():
+    with in_use(policy):
+        for batch in micro_batches(len(entries), micro_batch_size, "updating"):
+            image, step = entries[batch].unbind(1)  # (P,) each
             mean, std = policy.mean_std(latents[image, step], timesteps[step],
                                         trajectories.prompt_embeds[image])
-        log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
-        log_probs.backward(grad[image, step])
+            log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
+            log_probs.backward(grad[image, step])
 
 
 # --------------------------------------------------------------------------------------- §5 Models
+# §5 to §9 are what the algorithm stands on. Skip them on a first reading.
 
 
 @dataclass
@@ -521,18 +502,13 @@ class Models:
     policy: Policy
     reference: Policy
     pipeline: StableDiffusionPipeline  # its VAE, text encoder and tokenizer
+    latent_shape: tuple[int, int, int]  # (C, H, W) that the UNet was made for
     reward: Reward
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents the UNet was made for."""
-        unet = self.pipeline.unet.config
-        return unet.in_channels, unet.sample_size, unet.sample_size
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """P prompts -> (P, L, E), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
-        return self.pipeline.encode_prompt(prompts, self.policy.unet.device, 1, False)[0]
+        """P prompts -> (P, L, F), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
+        return self.pipeline.encode_prompt(prompts, self.pipeline.vae.device, 1, False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -543,181 +519,150 @@ class Models:
         images = torch.cat([vae.decode(part).sample for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
 
-
-class Reference(Policy):
-    """pi_ref, the pretrained model: a UNet that is on the GPU only while it computes, or with LoRA
-    the policy's own with its adapters off."""
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        device = self.negative_embeds.device
-        self.unet.disable_adapters() if self.has_adapters else self.unet.to(device)
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters() if self.has_adapters else self.unet.to("cpu")
+    def score(self, latents: Tensor, prompts: list[str], size: int) -> dict[str, Tensor]:
+        """The reward's terms at x_0 (P, C, H, W): name -> (P,) float32, unweighted."""
+        scores = [self.reward.terms(self.decode(latents[batch]), prompts[batch])
+                  for batch in micro_batches(len(latents), size, "scoring")]
+        return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
 
-def load_models(config: Config, device: torch.device, finetuned: Path | None = None) -> Models:
-    """The reward, the pretrained model as the reference, and as the policy a copy of it that can
-    learn, or the weights that a run left in the folder `finetuned`."""
-    reward = load_reward(config.reward, device)
-    pipeline = load_pipeline(config.model).to(device)
-    for frozen in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        frozen.eval().requires_grad_(False)
-    scheduler = pipeline.scheduler
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"--model {config.model} predicts {scheduler.config.prediction_type!r}; "
-                         "only epsilon and v_prediction are supported")
-    if config.num_steps >= scheduler.config.num_train_timesteps:
-        raise ValueError(f"--num_steps {config.num_steps}: the model was trained with "
-                         f"{scheduler.config.num_train_timesteps}, and fewer can be taken")
+@contextlib.contextmanager
+def in_use(policy: Policy) -> Iterator[None]:
+    """Around a policy's UNet calls: TF32 if it is wanted; the reference's weights, which wait in
+    the CPU's memory, or with LoRA the policy's own UNet with its adapters off."""
+    unet, has_adapters = policy.unet, hasattr(policy.unet, "peft_config")
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32 = cudnn.allow_tf32 = policy.precision == "tf32"
+    if policy.is_reference:
+        unet.disable_adapters() if has_adapters else unet.to(policy.negative_embeds.device)
     try:
-        scheduler.set_timesteps(config.num_steps)
-        negative_embeds = try_out(pipeline)
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"--model {config.model}: its parts do not work together "
-                         f"({cause(error)})") from None
+        yield
+    finally:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        if policy.is_reference:
+            unet.enable_adapters() if has_adapters else unet.to("cpu")
 
-    if finetuned:
-        unet = load_finetuned(pipeline, config, finetuned).to(device)
-    elif config.lora_rank:
-        unet = add_lora(pipeline, config)
+
+def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
+    """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
+    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+
+
+def load_models(config: Config, device: torch.device) -> Models:
+    """The reward, the pretrained model as the reference, and a copy of it that can learn."""
+    reward = load_reward(config.reward, device)
+    pipeline = load_pipeline(config).to(device)
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        # In eval mode for good: dropout would make the policy another than the one that sampled.
+        network.eval().requires_grad_(False)
+    unet = pipeline.unet.to(memory_format=torch.channels_last)
+    if config.lora_rank:
+        add_lora(unet, config)
     else:
-        unet = copy.deepcopy(pipeline.unet).requires_grad_(True)
-    if not config.lora_rank:
-        pipeline.unet.to("cpu")  # from where the reference fetches it
+        unet = copy.deepcopy(unet).requires_grad_(True)
+        pipeline.unet.to("cpu")
     for network in {unet, pipeline.unet}:
-        prepare_unet(network, config)
-    shared = scheduler, negative_embeds, config.guidance_scale, config.mixed_precision
-    return Models(Policy(unet, *shared), Reference(pipeline.unet, *shared), pipeline, reward)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if config.compile:
+            network.compile(dynamic=True)  # one graph for any batch, so equal log-probs
+    precision = config.precision or "float32"
+    if config.precision is None and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if config.updates_per_epoch == 1 and has_bf16 else "tf32"
+    negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
+    shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision
+    shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+    return Models(Policy(unet, *shared), Policy(pipeline.unet, *shared, is_reference=True),
+                  pipeline, shape, reward)
 
 
-@torch.no_grad()
-def try_out(pipeline: StableDiffusionPipeline) -> Tensor:
-    """Use every part once, on a small latent, before anything is drawn. Returns the empty prompt's
-    embedding (1, L, E); raises what parts that do not fit each other raise."""
-    unet, vae = pipeline.unet, pipeline.vae
-    check_words(pipeline.tokenizer)
-    embeds = pipeline.encode_prompt([""], unet.device, 1, False)[0]
-    size = min(unet.config.sample_size, 8)
-    latents = torch.zeros(1, unet.config.in_channels, size, size, device=unet.device)
-    noise_pred = unet(latents, pipeline.scheduler.timesteps[:1].to(unet.device), embeds).sample
-    if noise_pred.shape != latents.shape:
-        raise ValueError(f"{tuple(latents.shape)} into the UNet, {tuple(noise_pred.shape)} out")
-    vae.decode(latents / vae.config.scaling_factor)
-    return embeds
-
-
-def add_lora(pipeline: StableDiffusionPipeline, config: Config) -> UNet2DConditionModel:
-    """The pipeline's UNet with new LoRA adapters on its attention."""
+def add_lora(unet: UNet2DConditionModel, config: Config) -> None:
+    """Put new LoRA adapters on the UNet's attention."""
     try:
         from peft import LoraConfig
     except ImportError:
         raise ValueError("--lora_rank needs the package peft: pip install peft") from None
     torch.manual_seed(config.seed)  # the same adapters in every process
-    pipeline.unet.add_adapter(LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-        target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    return pipeline.unet
+    unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
+                                init_lora_weights="gaussian",
+                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
 
-def load_finetuned(pipeline: StableDiffusionPipeline, config: Config,
-                   run: Path) -> UNet2DConditionModel:
-    """The policy at a run's end, from unet/, or from lora/ as adapters on the pipeline's UNet."""
-    try:
-        if not config.lora_rank:
-            return load_network(UNet2DConditionModel, run / "unet")
-        pipeline.load_lora_weights(run / "lora", weight_name="pytorch_lora_weights.safetensors")
-        return pipeline.unet
-    except Exception as error:
-        raise ValueError(f"--evaluate {run}: its weights cannot be loaded "
-                         f"({cause(error)})") from None
-
-
-def prepare_unet(unet: UNet2DConditionModel, config: Config) -> None:
-    """What changes a UNet's speed and memory alone."""
-    unet.to(memory_format=torch.channels_last)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.compile:
-        unet.compile(dynamic=True)  # one graph for full and partial batches: bit-equal log-probs
-
-
-def load_pipeline(model: str) -> StableDiffusionPipeline:
+def load_pipeline(config: Config) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images.
 
-    Part by part: diffusers' own loader would take the classes, even scripts, that the folder names.
+    Its networks are loaded one by one, because a pipeline's own loader fills missing weights with
+    random numbers. Raises ValueError for what cannot be loaded or trained, naming what is wrong.
     """
-    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    model = config.model
     try:
+        if Path(model).is_file() or Path(model, "metrics.jsonl").exists():
+            raise ValueError("it is a single file or a run; see 'Models' in the README")
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
-            raise ValueError(f"it is a {kind}; only StableDiffusionPipeline, that is Stable "
-                             "Diffusion v1 and v2, is supported")
-        for name, loader in networks.items():
-            try:
-                networks[name] = load_network(loader, model, subfolder=name)
-            except Exception as error:
-                try:  # a copy may hold half precision alone
-                    networks[name] = load_network(loader, model, subfolder=name, variant="fp16")
-                except Exception:
-                    raise error from None
-        # Of it, only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
-        scheduler = DDIMScheduler.from_pretrained(  # with offset 1 the last step is from 1 to 0
-            model, subfolder="scheduler", timestep_spacing="leading", steps_offset=1,
-            clip_sample=False)
+            raise ValueError(f"it is a {kind}; only Stable Diffusion v1 and v2 are supported")
+        unet = load_network(UNet2DConditionModel, model, subfolder="unet")
+        vae = load_network(AutoencoderKL, model, subfolder="vae")
+        text_encoder = load_network(CLIPTextModel, model, subfolder="text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-        return StableDiffusionPipeline(
-            **networks, scheduler=scheduler, tokenizer=tokenizer, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False)
+        check_words(tokenizer)
+        widths = text_encoder.config.hidden_size, vae.config.latent_channels
+        if (unet.config.cross_attention_dim, unet.config.in_channels) != widths:
+            raise ValueError("its UNet does not fit its text encoder or its VAE")
+        if unet.config.time_cond_proj_dim:
+            raise ValueError("latent consistency models are not supported")
+        # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the
+        # step. With steps_offset 1 the last step is from t = 1 to 0.
+        schedule = DDIMScheduler.load_config(model, subfolder="scheduler")
+        scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1,
+                                              clip_sample=False)
+        prediction, train_steps = schedule.get("prediction_type", "epsilon"), len(scheduler.betas)
+        if "beta_schedule" not in schedule or prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"its {schedule.get('_class_name')} is not one of noise schedules by "
+                             f"betas, or predicts {prediction!r}, not epsilon or v_prediction")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise ValueError(f"--model {model} cannot be loaded from a folder or hub id of that name "
-                         f"({cause(error)}); without a network give a local folder, "
-                         "or point HF_HOME at a cache that holds it") from None
+        raise ValueError(f"--model {model} cannot be used ({explain(error)})") from None
+    if (spacing := schedule.get("timestep_spacing", "leading")) != "leading":
+        say(f"{model}: DDIM with leading timesteps and guidance replaces its {spacing} sampler")
+    if config.num_steps >= train_steps:
+        raise ValueError(f"--num_steps {config.num_steps}: must be less than {train_steps}")
+    scheduler.set_timesteps(config.num_steps)
+    if (start := scheduler.timesteps[0].item()) < 0.9 * train_steps:
+        say(f"--num_steps {config.num_steps} starts at t = {start}; 10, 20, 25 or 50 start higher")
+    return StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
 
 
-def read_prompts(file: str, template: str) -> list[str]:
-    """The distinct lines of a file or a named set in their order, each put into the template."""
-    path = prompt_file(file) if file in NAMES else Path(file)
-    try:
-        text = path.read_text("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it has NUL bytes")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--prompts {file}: not a readable UTF-8 text file ({error}), and not one "
-                         f"of the sets {', '.join(NAMES)}") from None
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    filled = [line for line in lines if 0 < len(line) <= 10_000]  # else encoding takes seconds
-    prompts = [template.replace("{}", line) for line in dict.fromkeys(filled)]
-    if not prompts:
-        raise ValueError(f"--prompts {file}: there is no prompt in it; write one a line")
-    say(f"{file}: {len(prompts)} prompts; left out {lines.count('')} blank and "
-        f"{len(filled) - len(prompts)} repeated lines")
-    if too_long := len(lines) - lines.count("") - len(filled):
-        say(f"left out {too_long} lines of more than 10,000 characters")
-    return prompts
+def load_prompts(config: Config) -> dict[str, list[str]]:
+    """The prompts of each of --prompts, by its name there."""
+    prompt_sets = {}
+    for source in split_list(config.prompts):
+        prompt_sets[source], remark = read_prompts(source, config.prompt_template)
+        say(remark)
+    return prompt_sets
 
 
-def report_long_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say how many of the prompts, or of a sample, the text encoder will not read to their end."""
+def report_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer) -> None:
+    """Say which of the prompts, or of a sample, the text encoder will not read to their end."""
     sample = random.Random(0).sample(prompts, min(len(prompts), 1000))
     limit = tokenizer.model_max_length
-    if long := sum(len(ids) > limit for ids in tokenizer(sample).input_ids):
-        say(f"{long} of {len(sample)} prompts are longer than {limit} tokens and are cut there")
+    cut = [prompt for prompt in sample if len(tokenizer(prompt).input_ids) > limit]
+    if cut:
+        say(f"{len(cut)} of {len(sample)} prompts have over {limit} tokens and are cut there, as "
+            f"{textwrap.shorten(cut[0], 80)!r}")
 
 
-def draw_prompts(prompts: list[str], count: int, key: str) -> list[str]:
+def pick_prompts(prompts: list[str], count: int, key: str) -> list[str]:
     """`count` of the prompts, none twice while there are enough; a function of the key."""
     return random.Random(key).sample(prompts * math.ceil(count / len(prompts)), count)
 
 
-def draw_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
     """One trajectory's standard normal noise (T+1, C, H, W), on the CPU; a function of the key."""
     generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
     return torch.randn(num_steps + 1, *shape, generator=generator)
@@ -729,22 +674,17 @@ def draw_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
 
 def start_distributed() -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
-    local_rank, local_size = (int(os.environ.get(name, default)) for name, default in
+    by_torchrun = dist.is_torchelastic_launched()
+    local_rank, local_size = (int(os.environ[name]) if by_torchrun else alone for name, alone in
                               (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     on_gpu = torch.cuda.device_count() >= local_size  # else two would have to share one
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
-    elif local_size > 1:  # torchrun gave each process one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if "LOCAL_RANK" in os.environ:
-        store, this_rank, size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count restarts apart
-            # Else processes that torchrun started again find the addresses of those that ended.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        # A long timeout, as the others wait while rank 0 draws grids and writes checkpoints.
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=this_rank,
-                                world_size=size, timeout=timedelta(hours=2),
+    if on_gpu:
+        torch.cuda.set_device(device)
+    elif by_torchrun:  # which gave each process one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if by_torchrun:  # with a long timeout, as the others wait while rank 0 writes checkpoints
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if on_gpu else None)
     if not on_gpu and torch.cuda.is_available():
         say(f"{local_size} processes, {torch.cuda.device_count()} GPUs: computing on the CPU")
@@ -759,43 +699,38 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class PeerLost(Exception):
-    """This process could not go on because another one ended; that one has told why."""
-
-
-def together(collective: Callable, *tensors: Tensor | list[Tensor]) -> None:
-    """Call what every process has to take part in, if there is more than one."""
-    try:
-        if world_size() > 1:
-            collective(*tensors)
-    except RuntimeError as error:
-        raise PeerLost(f"the connection to another process broke ({error})") from None
+def my_share(count: int) -> list[int]:
+    """Which of the indices 0..count-1 are this process's."""
+    return list(range(rank(), count, world_size()))
 
 
 def gather(values: Tensor) -> Tensor:
-    """All processes' values (n, ...), one rank's after the other's, on every process: (N, ...)."""
-    parts = [values.clone() for _ in range(world_size())]
-    together(dist.all_gather, parts, values.contiguous())
-    return torch.cat(parts)
+    """values (n, ...) of every process's share -> those of all indices in order, (N, ...)."""
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 @contextlib.contextmanager
 def first_of_each_machine_first() -> Iterator[None]:
     """The block runs in one process of a machine, which may download, and then in its others."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_first:
-        together(dist.barrier)
+    waits = world_size() > 1 and os.environ["LOCAL_RANK"] != "0"
+    if waits:
+        dist.barrier()
     yield
-    if is_first:
-        together(dist.barrier)
+    if world_size() > 1 and not waits:
+        dist.barrier()
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def average_gradients(weights: list[torch.nn.Parameter]) -> None:
     """Average .grad over processes, once an update; DDP would at each of thousands of backwards."""
-    for parameter in parameters:
-        if parameter.grad is None:  # this process had no pair with a gradient
-            parameter.grad = torch.zeros_like(parameter)
-        together(dist.all_reduce, parameter.grad.div_(world_size()))
+    for weight in weights:
+        if weight.grad is None:  # no entry of this process had a gradient
+            weight.grad = torch.zeros_like(weight)
+        if world_size() > 1:
+            dist.all_reduce(weight.grad.div_(world_size()))
 
 
 def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
@@ -813,193 +748,184 @@ def say(text: str) -> None:
 # --------------------------------------------------------------------------------- §8 Runs on disk
 
 
-class Run:
-    """A run's folder. Files are written aside, and renamed when they are whole and on the disk.
+# Flags that may differ from those a run was begun with.
+MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
+              "evaluate", "samples_per_prompt"}
 
-    So a process can be killed anywhere, or the disk be full, and what is there is whole. The newest
-    checkpoint is the truth of a run: metrics.jsonl and reward.png are written again from it.
-    """
+
+class Run:
+    """A run's folder. Its one precious file is the checkpoint, which is written aside, flushed and
+    renamed: a kill or a full disk leaves the one before. All else is written again from it."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
+        self.checkpoint = self.folder / "checkpoint.pt"
 
-    def claim(self, config: Config) -> None:
-        """Make the folder this run's, until the process ends; raises ValueError if it cannot be
-        written to, belongs to a process that lives, or holds a run with other flags."""
+    def claim(self) -> None:
+        """Make the folder this process's until it ends; raises ValueError if that cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise ValueError(f"--run_dir {self.folder}: not a folder that can be written to "
-                             f"({error})") from None
-        try:
-            if rank() == 0:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--run_dir {self.folder}: another process is at work on it; wait for "
                              "its end, or give another --run_dir") from None
-        except OSError:
-            say(f"{self.folder} is on a file system without locks: start no second run on it")
-        if not self.checkpoints():
-            if any((self.folder / weights).exists() for weights in ("unet", "lora")):
-                raise ValueError(f"--run_dir {self.folder}: has finished weights but no checkpoint "
-                                 "to go on from, and they are not to be lost; give another")
-            return
-        then, now = read_config(self.folder), asdict(config)
-        may_change = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing",
-                      "evaluate", "keep_checkpoints", "samples_per_prompt"}
-        changed = [f"--{name} {then[name]} and not {now[name]}" for name in now
-                   if name not in may_change and then[name] != now[name]]
-        if changed:
+        except OSError as error:
+            raise ValueError(f"--run_dir {self.folder}: not a folder that can be written to and "
+                             f"locked ({error})") from None
+
+    def save(self, **state: object) -> None:
+        """Write the checkpoint; raises ValueError, and leaves the one before, if it cannot be."""
+        aside = self.checkpoint.with_suffix(".tmp")
+        try:
+            with aside.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self.checkpoint)
+        except Exception as error:  # of the disk, which torch.save hides behind one of its own
+            aside.unlink(missing_ok=True)
+            raise ValueError(f"{self.checkpoint} cannot be written ({explain(error)}); when it "
+                             "can, the same command goes on from the one before") from None
+
+    def load(self, config: Config) -> dict | None:
+        """The checkpoint, if there is one; raises ValueError if it is damaged, or was made with
+        flags that may not differ."""
+        if not self.checkpoint.exists():
+            if any((self.folder / name).exists() for name in ("unet", "lora")):
+                raise ValueError(f"{self.folder} has finished weights but no checkpoint.pt; they "
+                                 "are not to be lost: give another --run_dir")
+            return None
+        try:
+            if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load checks no checksums
+                raise ValueError(f"its part {part} is damaged")
+            state = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            then, now = state["config"], asdict(config)
+        except Exception as error:  # what a damaged file, or one with code in it, can raise
+            raise ValueError(f"{self.checkpoint} is not a whole checkpoint ({explain(error)}); "
+                             "restore it, or give another --run_dir") from None
+        changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
+                   if name not in MAY_CHANGE and then.get(name) != now[name]]
+        if changed and config.evaluate is None:
             raise ValueError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
                              "another --run_dir")
+        return state
 
-    @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """The path to write the file or folder to until it is whole; raises ValueError, and leaves
-        the one before as it was, if it cannot be written."""
-        file = self.folder / name
-        temporary = file.with_name(file.name + ".tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            delete(temporary)  # of a process that was killed
-            yield temporary
-            for written in (temporary, *temporary.rglob("*")):
-                flush(written)
-            if file.is_dir():
-                delete(file)
-            os.replace(temporary, file)
-            flush(file.parent)
-        except Exception as error:  # of the disk, which torch.save hides behind one of its own
-            with contextlib.suppress(OSError):
-                delete(temporary)
-            raise ValueError(
-                f"{file} cannot be written ({cause(error.__context__ or error)}); when it can, the "
-                "same command goes on from what is saved") from None
+    def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
+        """One object, or one a line. JSON has no infinity and NaN, so they become strings."""
+        text = "".join(json.dumps(line, indent=indent) + "\n" for line in lines)
+        text = re.sub(r"(?<=: )(-?Infinity|NaN)\b", r'"\1"', text)
+        (self.folder / name).write_text(text)
 
-    def write_json(self, name: str, content: dict) -> None:
-        with self.replacing(name) as file:
-            file.write_text(json.dumps(content, indent=2) + "\n")
-
-    def checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoints/epoch_*.pt"))
-
-    def save_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer,
-                        metrics: list[dict], config: Config) -> None:
-        """All that the next epoch needs."""
-        name = f"checkpoints/epoch_{len(metrics):06}.pt"
-        with self.replacing(name) as path, path.open("wb") as file:
-            weights = {name: weight.detach() for name, weight in policy.trained.items()}
-            torch.save({"config": asdict(config), "epoch": len(metrics), "metrics": metrics,
-                        "unet": weights, "optimizer": optimizer.state_dict()}, file)
-
-    def save_weights(self, policy: Policy) -> None:
-        """unet/, or with LoRA lora/, as diffusers loads them."""
-        if not policy.has_adapters:
-            with self.replacing("unet") as folder:
-                policy.unet.save_pretrained(folder)
-        else:
-            from peft import get_peft_model_state_dict
-
-            with self.replacing("lora") as folder:
-                StableDiffusionPipeline.save_lora_weights(
-                    folder, get_peft_model_state_dict(policy.unet))
-
-    def load_checkpoint(self, policy: Policy, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Go on from the newest whole checkpoint; returns the metrics of its epochs, [] without
-        any. Raises ValueError if there are some but none is whole."""
-        damaged = []
-        for file in reversed(self.checkpoints()):
-            try:
-                if part := zipfile.ZipFile(file).testzip():  # torch.load checks no checksums
-                    raise ValueError(f"its part {part} is damaged")
-                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                shapes, trained = ({name: weight.shape for name, weight in weights.items()}
-                                   for weights in (state["unet"], policy.trained))
-                if shapes != trained:
-                    raise ValueError("it holds the weights of another network")
-                if [line["epoch"] for line in state["metrics"]] != [*range(1, state["epoch"] + 1)]:
-                    raise ValueError("its metrics are not those of its epochs")
-                optimizer.load_state_dict(state["optimizer"])
-                for name, weight in policy.trained.items():
-                    weight.data.copy_(state["unet"][name])
-            except Exception as error:  # what a damaged file, or one with code in it, can raise
-                damaged.append(f"{file} ({cause(error)})")
-                continue
-            say("".join(f"passing over {name}\n" for name in damaged)
-                + f"continuing {self.folder} after epoch {state['epoch']}")
-            return state["metrics"]
-        if damaged:
-            raise ValueError(f"no checkpoint is whole: {', '.join(damaged)}; restore one, or give "
-                             "another --run_dir")
-        return []
-
-    def follow_up(self, metrics: list[dict], config: Config) -> None:
-        """What follows from a checkpoint: metrics.jsonl, one line an epoch, reward.png, the curve,
-        and the end of checkpoints too old to keep."""
-        with self.replacing("metrics.jsonl") as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    def write_curve(self, metrics: list[dict]) -> None:
+        """reward.png."""
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot([m["epoch"] for m in metrics], [m["reward_mean"] for m in metrics], ".-")
         axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
-        with self.replacing("reward.png") as file:
-            figure.savefig(file, dpi=120, format="png")
-        # Those of later epochs are damaged ones, which were passed over; they do not count.
-        past = [file for file in self.checkpoints() if file.stem <= f"epoch_{len(metrics):06}"]
-        for superseded in past[: -config.keep_checkpoints]:
-            superseded.unlink()
+        figure.savefig(self.folder / "reward.png", dpi=120)
+
+    def save_weights(self, policy: Policy) -> str:
+        """unet/, or with LoRA lora/, as diffusers loads them; returns the Python for that."""
+        if is_lora := hasattr(policy.unet, "peft_config"):
+            from peft import get_peft_model_state_dict
+
+            folder, adapters = self.folder / "lora", get_peft_model_state_dict(policy.unet)
+            StableDiffusionPipeline.save_lora_weights(folder, adapters)
+        else:
+            folder = self.folder / "unet"
+            policy.unet.save_pretrained(folder)
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
+        for file in folder.iterdir():  # safetensors makes files that others cannot read
+            file.chmod(0o666 & ~umask)
+        path = str(folder.absolute())
+        return (f"pipe.load_lora_weights({path!r})" if is_lora else
+                f"pipe.unet = UNet2DConditionModel.from_pretrained({path!r})")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --------------------------------------------------------------------- §9 Train, evaluate and main
 
 
-def delete(path: Path) -> None:
-    is_folder = path.is_dir() and not path.is_symlink()
-    shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+def train(config: Config, device: torch.device) -> None:
+    """Algorithm 1's epochs, and what they leave on disk."""
+    if config.prompts_per_epoch % world_size():
+        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
+                         f"{world_size()} processes; change one of the two")
+    run, metrics, history = Run(config.run_dir), [], {}  # history: DDPO's past rewards
+    if rank() == 0:
+        run.claim()
+    state = run.load(config)
+    with first_of_each_machine_first():
+        prompts = [prompt for of_set in load_prompts(config).values() for prompt in of_set]
+        models = load_models(config, device)
+    report_cut_prompts(prompts, models.pipeline.tokenizer)
+    policy, trained = models.policy, trained_weights(models.policy.unet)
+    optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
+                                  weight_decay=config.weight_decay,
+                                  fused=device.type == "cuda")  # without temporary copies
+    if state:
+        metrics, history = state["metrics"], state["history"]
+        set_weights(policy.unet, state["weights"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it keeps the file open
+        say(f"continuing {run.folder} after epoch {len(metrics)}")
+        del state  # which keeps the file's disk space
+    if len(metrics) > config.num_epochs:
+        raise ValueError(f"--num_epochs {config.num_epochs}: {run.folder} has {len(metrics)}")
+    if rank() == 0:
+        run.write_json("config.json", asdict(config), indent=2)
+        for finished in ("unet", "lora"):  # will be out of date
+            shutil.rmtree(run.folder / finished, ignore_errors=True)
 
-
-def read_config(folder: Path) -> dict:
-    """The flags that a run was made with."""
-    config = asdict(Config())
-    try:
-        for name, value in dict(json.loads((folder / "config.json").read_text())).items():
-            if name not in config:
-                raise ValueError(f"no flag is named {name}")
-            if config[name] is not None and not isinstance(value, type(config[name])):
-                raise ValueError(f"{name} is {value!r}")
-            config[name] = value
-        return config
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
-                         f"({error})") from None
+    started, epochs_before = time.time(), len(metrics)
+    for epoch in range(epochs_before, config.num_epochs):
+        if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
+            save_grid(config, models, {"": policy}, prompts, run, f"samples/epoch_{epoch:04}.png")
+        metrics.append(run_epoch(config, models, optimizer, prompts, epoch, history))
+        remaining = (config.num_epochs - epoch - 1) / (epoch + 1 - epochs_before)
+        say(f"epoch {epoch + 1}/{config.num_epochs} | reward {metrics[-1]['reward_mean']:.4f} | "
+            f"{timedelta(seconds=round((time.time() - started) * remaining))} left")
+        if rank() == 0:
+            if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.num_epochs:
+                run.save(config=asdict(config), metrics=metrics, history=history, weights=trained,
+                         optimizer=optimizer.state_dict())
+            run.write_json("metrics.jsonl", *metrics)
+            run.write_curve(metrics)
+    if rank() == 0:
+        name = f"samples/epoch_{config.num_epochs:04}.png"
+        save_grid(config, models, {"": policy}, prompts, run, name)
+        line = run.save_weights(policy)
+        say(f"{run.folder} is finished. Its gain holds at its own guidance:\n    {line}\n"
+            f"    pipe(prompt, guidance_scale={config.guidance_scale})\n"
+            f"To judge it: python prdp.py --evaluate {shlex.quote(str(run.folder))}")
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
     """An epoch's metrics over all processes; predictions are those of the policy that sampled."""
-    rewards = gather(trajectories.rewards).double()  # (N, B)
-    means = gather(torch.tensor([[*updates.values()]], device=rewards.device)).mean(0).tolist()
+    rewards = trajectories.rewards.double()  # (N, B)
+    means = torch.tensor([[*updates.values()]], dtype=torch.float64, device=rewards.device)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
-               **dict(zip(updates, means, strict=True)),
-               "explained_variance": None, "sign_accuracy": None, "kl": None}
-    if config.objective == "prdp":  # DDPO took no log-probs of the reference
+               **dict(zip(updates, gather(means).mean(0).tolist(), strict=True)),
+               "explained_variance": None, "kl": None}
+    if config.images_per_prompt > 1:
+        is_pairless = rewards.amax(-1) == rewards.amin(-1)
+        metrics["pairless_prompts"] = is_pairless.double().mean().item()
+        within = rewards.var(-1).mean()
+        between = rewards.mean(-1).var() - within / config.images_per_prompt
+        metrics["between_prompt_variance"] = (between / (between + within)).item()
+    if trajectories.log_probs_ref is not None:
         log_ratios = gather(trajectories.log_probs_old - trajectories.log_probs_ref)  # (N, B, T)
-        metrics["kl"] = None if config.offline else log_ratios.mean().item()
         targets = pair_differences(rewards) / config.kl_weight  # (N, B, B)
-        is_pair, predicted = targets > 0, pair_differences(log_ratios.mean(-1))
-        if is_pair.any():
-            errors, is_right = (predicted - targets)[is_pair], predicted[is_pair].sign() / 2 + 0.5
-            unexplained = errors.square().mean() / targets[is_pair].square().mean()
+        errors = pair_differences(log_ratios.mean(-1)) - targets
+        if (is_pair := targets > 0).any():
+            unexplained = errors[is_pair].square().mean() / targets[is_pair].square().mean()
             metrics["explained_variance"] = 1 - unexplained.item()
-            metrics["sign_accuracy"] = is_right.mean().item()  # a prediction of 0 is half right
-    return metrics | {f"reward/{name}": gather(term).mean().item()
-                      for name, term in trajectories.reward_terms.items()}
+        if not config.offline:
+            metrics["kl"] = log_ratios.mean().item()
+    for name, term in trajectories.reward_terms.items():
+        metrics[f"reward/{name}"] = gather(term.view(-1, config.images_per_prompt)).mean().item()
+    gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
+    metrics["peak_gib"] = gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return metrics | trajectories.seconds
 
 
 @contextlib.contextmanager
@@ -1012,70 +938,11 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def peak_gib() -> float:
-    """Peak memory of this process so far: of its GPU, or if it uses none its resident set."""
-    on_gpu = torch.cuda.max_memory_allocated() / 2**30
-    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ---------------------------------------------------------------------------- §9 Train and evaluate
-
-
-def train(config: Config, device: torch.device) -> None:
-    """Algorithm 1, and what it leaves on disk."""
-    if config.prompts_per_epoch % world_size():
-        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
-                         f"{world_size()} processes; change one of the two")
-    run = Run(config.run_dir)
-    run.claim(config)
-    with first_of_each_machine_first():
-        prompts = read_prompts(config.prompts, config.prompt_template)
-        models = load_models(config, device)
-    report_long_prompts(prompts, models.pipeline.tokenizer)
-    policy = models.policy
-    optimizer = torch.optim.AdamW(policy.trained.values(), config.learning_rate,
-                                  weight_decay=config.weight_decay,
-                                  fused=device.type == "cuda")  # without temporary copies
-    metrics = run.load_checkpoint(policy, optimizer)
-    epochs_done = gather(torch.tensor([len(metrics)], device=device)).tolist()
-    if len(set(epochs_done)) > 1:
-        raise ValueError(f"--run_dir {run.folder} has {epochs_done} epochs as each process sees "
-                         "it; it must be on a file system that all machines share")
-    if len(metrics) > config.num_epochs:
-        raise ValueError(f"--num_epochs {config.num_epochs}: --run_dir {run.folder} already has "
-                         f"{len(metrics)}")
-    if rank() == 0:
-        run.write_json("config.json", asdict(config))
-        for finished in ("unet", "lora"):  # will be out of date
-            delete(run.folder / finished)
-        if metrics:  # the process before may have been killed ahead of it
-            run.follow_up(metrics, config)
-
-    for epoch in range(len(metrics), config.num_epochs):
-        if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
-            save_grid(config, models, {"": policy}, prompts, run, f"samples/epoch_{epoch:04}.png")
-        seconds = {}
-        trajectories = collect_epoch(config, models, prompts, epoch, seconds)
-        with timed(seconds, "seconds_updating"):
-            updates = update_policy(config, policy, optimizer, trajectories)
-        metrics.append({"epoch": epoch + 1, **summarise(config, trajectories, updates), **seconds,
-                        "peak_gib": peak_gib()})
-        say(" | ".join(f"{k} {v:.4g}" for k, v in metrics[-1].items() if v is not None))
-        if rank() == 0:
-            run.save_checkpoint(policy, optimizer, metrics, config)
-            run.follow_up(metrics, config)
-    if rank() == 0:
-        name = f"samples/epoch_{config.num_epochs:04}.png"
-        save_grid(config, models, {"": policy}, prompts, run, name)
-        run.save_weights(policy)
-    say(f"{run.folder} is finished; to judge it: python prdp.py --evaluate {run.folder}")
-
-
-def draw_latents(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
-                 count: int) -> Tensor:
+def sample_images(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
+                  count: int) -> Tensor:
     """x_0 (count, C, H, W) of prompts[index], from noise that is the same for any policy."""
     keys = [f"{config.seed}/evaluate/{index}/{image}" for image in range(count)]
-    noise = torch.stack([draw_noise(key, config.num_steps, models.latent_shape) for key in keys])
+    noise = torch.stack([make_noise(key, config.num_steps, models.latent_shape) for key in keys])
     embeds = models.encode_prompts([prompts[index]]).expand(count, -1, -1)
     return sample_trajectories(policy, embeds, noise, config.micro_batch_size)[0][:, -1]
 
@@ -1084,137 +951,194 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
               run: Run, name: str) -> None:
     """A picture: up to eight prompts, spread over the list, by three images of each policy."""
     columns = min(8, len(prompts))
-    shown = [column * len(prompts) // columns for column in range(columns)]  # indices of prompts
-    figure = Figure(figsize=(1.3 * len(shown), 4.2 * len(policies)), layout="constrained")
-    cells = figure.subplots(3 * len(policies), len(shown), squeeze=False)
-    for i, (label, policy) in enumerate(policies.items()):
-        for column, index in enumerate(shown):
-            images = models.decode(draw_latents(config, models, policy, prompts, index, 3))
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images, strict=True):
-                cell.imshow(image, interpolation="nearest")
+    figure = Figure(figsize=(1.3 * columns, 4.2 * len(policies)), layout="constrained")
+    cells = figure.subplots(3 * len(policies), columns, squeeze=False)
+    for column in range(columns):
+        index = column * len(prompts) // columns
+        title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
+        cells[0, column].set_title(title, fontsize=8, parse_math=False)
+        for i, (label, policy) in enumerate(policies.items()):
+            images = models.decode(sample_images(config, models, policy, prompts, index, 3))
+            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images.cpu(), strict=True):
+                cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
                 cell.set(xticks=[], yticks=[], ylabel="" if column else label)
-            title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
-            cells[0, column].set_title(title, fontsize=8, parse_math=False)
-    with run.replacing(name) as file:
-        figure.savefig(file, dpi=100, format="png")
+    (run.folder / name).parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"):  # of letters that matplotlib's font has not
+        figure.savefig(run.folder / name, dpi=100)
 
 
 def evaluate(config: Config, device: torch.device) -> None:
-    """Base against finetuned from the same noise, on one prompt set after the other."""
-    run = Run(config.evaluate)
-    if not any((run.folder / weights).is_dir() for weights in ("unet", "lora")):
-        raise ValueError(f"--evaluate {run.folder}: the run is not finished, as it has neither "
-                         "unet/ nor lora/; the command that began it goes on with it")
-    files = {name: f"evaluation-{Path(name).stem}"
-             for name in map(str.strip, config.prompts.split(","))}
-    if len(set(files.values())) < len(files):
-        raise ValueError(f"--prompts {config.prompts}: files of one name; evaluate them one by one")
+    """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
+    run = Run(config.run_dir if config.evaluate == "base" else config.evaluate)
     with first_of_each_machine_first():
-        prompt_sets = {name: read_prompts(name, config.prompt_template)
-                       for name in files}
-        models = load_models(config, device, run.folder)
-    policies = {"base": models.reference, "finetuned": models.policy}
-    for name, prompts in prompt_sets.items():
-        results = compare(config, models, policies, prompts)
+        prompt_sets, models = load_prompts(config), load_models(config, device)
+    policies = {"base": models.policy}
+    if config.evaluate != "base":
+        state = run.load(config)
+        if state is None:
+            raise ValueError(f"--evaluate {run.folder}: there is no checkpoint in it yet")
+        set_weights(models.policy.unet, state["weights"])
+        policies = {"base": models.reference, "finetuned": models.policy}
+    names = {source: f"evaluation-{Path(source).stem}" for source in prompt_sets}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"--prompts {config.prompts}: two of one name; evaluate them one by one")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for source, prompts in prompt_sets.items():
+        report_cut_prompts(prompts, models.pipeline.tokenizer)
+        (run.folder / f"{names[source]}.json").open("a").close()  # fails now, not hours later
+    for source, prompts in prompt_sets.items():
+        results = score_policies(config, models, policies, prompts)
         if rank() == 0:
-            file = files[name]
-            save_grid(config, models, policies, prompts, run, f"{file}.png")
-            run.write_json(f"{file}.json", {"config": asdict(config), "prompts": name,
-                                            "results": results})
-            say(f"{run.folder}/{file}.json and .png\n")
+            content = {"config": asdict(config), "prompts": source, "results": results}
+            run.write_json(f"{names[source]}.json", content, indent=2)
+            save_grid(config, models, policies, prompts, run, f"{names[source]}.png")
+        say(f"{source}: {len(prompts)} prompts x {config.samples_per_prompt} samples; mean ± "
+            f"standard error over prompts; {run.folder / names[source]}.json and .png")
+        for name, columns in results.items():
+            cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
+                     for column, value in columns.items() if column != "prompts_improved"]
+            say(f"{name:<20}{'   '.join(cells)}   better {columns['prompts_improved']:.0%}")
 
 
-def compare(config: Config, models: Models, policies: dict[str, Policy],
-            prompts: list[str]) -> dict[str, dict]:
-    """A table of every reward: each policy's mean over the prompts, and its standard error."""
-    count, names = config.samples_per_prompt, list(models.reward.weights)
-    if set(models.reward.weights.values()) != {1}:
-        names.append("weighted sum")
-    share = math.ceil(len(prompts) / world_size())
-    scores = torch.zeros(share, 2, count, len(names), device=models.policy.unet.device)
-    for row, index in enumerate(range(rank(), len(prompts), world_size())):
+def score_policies(config: Config, models: Models, policies: dict[str, Policy],
+                   prompts: list[str]) -> dict[str, dict]:
+    """Of each reward: its mean under each policy, standard error over prompts, and difference."""
+    count, names = config.samples_per_prompt, [*models.reward.weights, "weighted sum"]
+    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(policies), len(names))
+    for row, index in enumerate(my_share(len(prompts))):
         for i, policy in enumerate(policies.values()):
-            latents = draw_latents(config, models, policy, prompts, index, count)
-            terms = score_images(models, latents, [prompts[index]] * count, config.micro_batch_size)
+            latents = sample_images(config, models, policy, prompts, index, count)
+            terms = models.score(latents, [prompts[index]] * count, config.micro_batch_size)
             terms["weighted sum"] = models.reward.total(terms)
-            scores[row, i] = torch.stack([terms[name] for name in names], -1)
-    scores = gather(scores[None]).transpose(0, 1).flatten(0, 1)[: len(prompts)]
-    means = scores.double().mean(2).permute(2, 1, 0)  # of each prompt: (R, 2, prompts)
-
-    say(f"{len(prompts)} prompts x {count} samples; mean ± standard error over prompts\n"
-        f"{'':<24}{'base':<20}{'finetuned':<20}{'difference':<20}prompts improved")
+            scores[row, i] = torch.stack([terms[name].mean() for name in names])
+    scores = gather(scores.to(latents.device))[: len(prompts)].double()  # (prompts, policies, R)
     results = {}
-    for name, (base, finetuned) in zip(names, means, strict=True):
-        columns = {"base": base, "finetuned": finetuned, "difference": finetuned - base}
-        results[name], cells = {}, ""
-        for column, of_prompts in columns.items():
-            mean = of_prompts.mean().item()
-            variance = of_prompts.var(correction=0) / (len(of_prompts) - 1)  # NaN for one prompt
-            error = variance.sqrt().item()
-            results[name][column] = {"mean": mean, "standard_error": error}
-            cells += f"{f'{mean:.4f} ± {error:.4f}':<20}"
-        improved = results[name]["prompts_improved"] = (finetuned > base).double().mean().item()
-        say(f"{name:<24}{cells}{improved:.1%}")
+    for name, of_policies in zip(names, scores.permute(2, 1, 0), strict=True):
+        columns = dict(zip(policies, of_policies, strict=True))
+        gains = columns.get("finetuned", columns["base"]) - columns["base"]  # (prompts,)
+        if len(policies) > 1:
+            columns["difference"] = gains
+        results[name] = {column: {"mean": values.mean().item(),
+                                  "standard_error": values.std().item() / len(values) ** 0.5}
+                         for column, values in columns.items()}
+        results[name]["prompts_improved"] = (gains > 0).double().mean().item()
     return results
 
 
+def set_weights(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
+    """Give the weights that learn their recorded values; raises ValueError if they do not fit."""
+    trained = trained_weights(unet)
+    if {name: w.shape for name, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
+        raise ValueError("the checkpoint holds another network; do --model and --lora_rank fit it?")
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight.copy_(weights[name])
+
+
+MULTI = dict(
+    prompts="pickapic", prompt_template="{}", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
+    num_epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
+    clip_range=1e-4)
+PRESETS = {
+    "small": {},
+    "multi": MULTI,
+    "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
+    "demo": dict(
+        model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
+        prompts_per_epoch=44, images_per_prompt=6, num_steps=10, kl_weight=1.0, clip_range=1e-4,
+        guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64, save_every=1),
+}
+# An objective's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
+# instead of B images of N: 512 prompts in the paper's settings.
+OBJECTIVES = {
+    "prdp": {},
+    "grpo": dict(clip_range=1e-4),
+    "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
+}
+
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """Flags beat an objective's defaults, and those the preset's. With --evaluate they beat the
+    run's flags. Raises ValueError naming the flag."""
+
+    def fail(message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains the flags")
+
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.error = fail  # else argparse ends every process with a message of its own
+    parser.set_defaults(prompts=None)  # until it is known whether it is given
+    given = parser.parse_args(arguments)
+    defaults = asdict(Config()) | PRESETS[given.preset]
+    if given.objective == "ddpo":
+        defaults["prompts_per_epoch"] *= defaults["images_per_prompt"]
+    defaults |= OBJECTIVES[given.objective]
+    if given.evaluate not in (None, "base"):
+        defaults = read_config(Path(given.evaluate))
+    if given.prompts:  # the default template is for the default list
+        is_default = given.prompts == Config().prompts
+        defaults["prompt_template"] = Config().prompt_template if is_default else "{}"
+    parser.set_defaults(**defaults)
+    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if not config.run_dir:
+        scorers = [name.partition(":")[0] for name, weight in parse_reward(config.reward).items()
+                   if weight != 0]
+        names = "base" if config.evaluate else "-".join(
+            [config.preset, "+".join(Path(name).name for name in scorers)])
+        config.run_dir = f"runs/{names}"
+
+    bounds = dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "save_every",
+                            "micro_batch_size", "samples_per_prompt"), 1)
+    bounds |= dict.fromkeys(("clip_range", "tracker_size", "lora_rank", "learning_rate",
+                             "weight_decay"), 0)
+    bounds |= {"kl_weight": 1e-12, "max_grad_norm": 1e-12, "num_steps": 2,
+               "images_per_prompt": 1 if config.objective == "ddpo" else 2}
+    for name, bound in bounds.items():
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
+    if "{}" not in config.prompt_template:
+        raise ValueError(f"--prompt_template {config.prompt_template!r}: there is no {{}} in it")
+    if config.offline and config.objective != "prdp":
+        raise ValueError(f"--offline: {config.objective} is a policy gradient and needs samples of "
+                         "its policy")
+    return config
+
+
+def read_config(folder: Path) -> dict:
+    """The flags that a run was made with."""
+    defaults = asdict(Config())
+    try:
+        for name, value in json.loads((folder / "config.json").read_text()).items():
+            defaults[name] = value if defaults[name] is None else type(defaults[name])(value)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
+                         f"({explain(error)})") from None
+    return defaults
+
+
 def main() -> None:
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()  # else each cut prompt is named every time
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as for matrix products
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # files are safe, and Ctrl-C ends without a word
     device = start_distributed()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is raised in any case
+    if rank() == 0:
+        huggingface_hub.utils.enable_progress_bars()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as for matrix products
     try:
         config = parse_config()
         train(config, device) if config.evaluate is None else evaluate(config, device)
     except Exception as error:
-        # The cause is told once: by rank 0 if all meet it, and else by the one that does; by then
-        # torchrun has stopped those that wait here. Only other machines' processes wait in vain.
-        time.sleep(30 if isinstance(error, PeerLost) else 5 * (rank() > 0))
+        time.sleep(5 * (rank() > 0))  # what all meet is told by rank 0, and torchrun ends the rest
         if isinstance(error, torch.OutOfMemoryError):
-            error = (f"{device} is out of memory; lower --micro_batch_size (it is "
-                     f"{config.micro_batch_size}), add --gradient_checkpointing, or begin "
-                     "another --run_dir with --lora_rank")
-        elif not isinstance(error, (ValueError, PeerLost)):
+            error = (f"{device} is out of memory; lower --micro_batch_size, add "
+                     "--gradient_checkpointing, or begin another --run_dir with --lora_rank")
+        elif not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
-            error = f"{type(error).__name__}: {error}"
-        print(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}",
-              file=sys.stderr, flush=True)
-        os._exit(1)  # sys.exit would wait for threads that a reward may have left
+        sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def end_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end this process at once, amid a collective too, in one sentence."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    ends = (signal.SIGINT, signal.SIGTERM)
-    for number in ends:
-        signal.signal(number, lambda *_: None)  # Python would run it only after the collective
-
-    def forget() -> None:
-        signal.set_wakeup_fd(-1)
-        for number in ends:
-            signal.signal(number, signal.SIG_DFL)
-
-    os.register_at_fork(after_in_child=forget)  # the end of a reward's worker is not the run's
-
-    def wait() -> None:
-        while (number := os.read(reader, 1)[0]) not in ends:  # another signal that a reward handles
-            pass
-        with contextlib.suppress(OSError):  # nobody may read it any more
-            by_torchrun = number == signal.SIGTERM and world_size() > 1
-            say(f"stopped by {signal.Signals(number).name}"
-                f"{', as torchrun does if another process fails' * by_torchrun}; the same command "
-                "goes on from what is saved")
-        os._exit(128 + number)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 if __name__ == "__main__":
-    end_on_signals()
     main()

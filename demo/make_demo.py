@@ -246,7 +246,8 @@ def make_sd(
         StableDiffusionPipeline(
             vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, safety_checker=None,
             scheduler=PNDMScheduler(
-                **stable_diffusion_v1, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+                **stable_diffusion_v1, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
+                clip_sample=False
             ),
             feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(DEMO / "model")  # fmt: skip
