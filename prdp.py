@@ -861,8 +861,7 @@ def train(config: Config, device: torch.device) -> None:
     report_cut_prompts(prompts, models.pipeline.tokenizer)
     policy, trained = models.policy, trained_weights(models.policy.unet)
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
-                                  weight_decay=config.weight_decay,
-                                  fused=device.type == "cuda")  # without temporary copies
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
     if state:
         metrics, history = state["metrics"], state["history"]
         set_weights(policy.unet, state["weights"])
