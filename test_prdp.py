@@ -390,6 +390,14 @@ def test_ddpo_advantages_follow_the_rule_of_its_authors(data, tracker_size, imag
         assert actual.tolist() == [pytest.approx(row, rel=1e-5, abs=1e-5) for row in expected]
 
 
+def test_ddpo_advantages_end_at_10():
+    rewards = torch.zeros(200, 1)
+    rewards[7] = 1  # (200 - 1) ** 0.5 = 14 deviations above the mean
+    for sign in (1, -1):
+        advantages = prdp.ddpo_advantages(sign * rewards, ["x"] * 200, {}, 0)
+        assert advantages[7].item() == sign * 10 and advantages.abs().sum() < 10 + 200 * 0.08
+
+
 def test_grpo_advantages_have_mean_0_and_deviation_1_of_each_prompt():
     advantages = prdp.grpo_advantages(torch.rand(4, 6) * 10 + 3)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(4).double())
