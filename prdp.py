@@ -22,8 +22,7 @@ is regression towards that (Eq. 14):
 
 Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
 the policy that sampled the trajectory, and a pair's loss is the larger of plain and clipped.
-
-Algorithm 1, and the function that does each line:
+Algorithm 1, and the function that does each line (after §4 you have seen all of it):
 
     for each epoch                                              run_epoch
         pick N prompts, sample B trajectories of each from old  collect_epoch: sample_trajectories
@@ -50,8 +49,6 @@ Deviations from the paper
  5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
  6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1, see --precision.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
-
-`grep -n '^# .*§' prdp.py` prints the outline. After §4 you have seen the whole algorithm.
 """
 
 import contextlib
@@ -59,13 +56,11 @@ import copy
 import fcntl
 import itertools
 import json
-import logging
 import math
 import os
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -78,7 +73,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import diffusers
 import huggingface_hub
@@ -92,7 +87,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from prompts.sets import explain, read_prompts, split_list
+from prompts.sets import explain, load_prompts, report_cut
 from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
@@ -112,8 +107,6 @@ class Config:
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
     prompts: str = HfArg(default="prompts/animals.txt", help="file or named set, see "
                          "prompts/sets.py, or several with commas between")
-    prompt_template: str = HfArg(
-        default="A painting of a {}", help="around each line; {} alone with your own --prompts")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     objective: Literal["prdp", "ddpo", "grpo"] = HfArg(
         default="prdp", help="prdp, or the paper's baseline ddpo, or grpo; see §3")
@@ -139,7 +132,6 @@ class Config:
     # two. TF32 rounds 8 times finer.
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
         "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
-    compile: bool = HfArg(default=False, help="compile the UNet, which takes minutes at first")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     evaluate: str | None = HfArg(default=None, help="a run, compared with its base, or: base")
@@ -347,7 +339,6 @@ def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
 @dataclass
 class Trajectories:
     """One epoch's samples on this process: n of the N prompts, each with all of its B images."""
-
     mine: list[int]  # n of the indices 0..N-1
     prompt_embeds: Tensor  # (n * B, L, F)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
@@ -548,45 +539,40 @@ def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
-def load_models(config: Config, device: torch.device) -> Models:
-    """The reward, the pretrained model as the reference, and a copy of it that can learn."""
-    reward = load_reward(config.reward, device)
-    pipeline = load_pipeline(config).to(device)
+def load_models(config: Config, device: torch.device, weights: dict | None = None) -> Models:
+    """The reward, the pretrained model as the reference, and a copy of it that can learn and has
+    the weights of a checkpoint if they are given; raises ValueError if they do not fit."""
+    reward, pipeline = load_reward(config.reward, device), load_pipeline(config).to(device)
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         # In eval mode for good: dropout would make the policy another than the one that sampled.
         network.eval().requires_grad_(False)
     unet = pipeline.unet.to(memory_format=torch.channels_last)
-    if config.lora_rank:
-        add_lora(unet, config)
+    if config.lora_rank:  # the reference is the same UNet with its adapters off
+        from peft import LoraConfig
+
+        torch.manual_seed(config.seed)  # the same adapters in every process
+        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
+                                    init_lora_weights="gaussian",
+                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     else:
         unet = copy.deepcopy(unet).requires_grad_(True)
         pipeline.unet.to("cpu")
-    for network in {unet, pipeline.unet}:
-        if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        if config.compile:
-            network.compile(dynamic=True)  # one graph for any batch, so equal log-probs
-    precision = config.precision or "float32"
-    if config.precision is None and device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if config.updates_per_epoch == 1 and has_bf16 else "tf32"
+    if weights:
+        trained = trained_weights(unet)
+        if [(n, w.shape) for n, w in weights.items()] != [(n, w.shape) for n, w in trained.items()]:
+            raise ValueError(f"{config.run_dir} holds another network; do --model and --lora_rank "
+                             "fit it?")
+        unet.load_state_dict(weights, strict=False)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    default = "bf16" if has_bf16 and config.updates_per_epoch == 1 else "tf32"  # on a CPU float32
+    precision = config.precision or default
     negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
     shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision
     shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
     return Models(Policy(unet, *shared), Policy(pipeline.unet, *shared, is_reference=True),
                   pipeline, shape, reward)
-
-
-def add_lora(unet: UNet2DConditionModel, config: Config) -> None:
-    """Put new LoRA adapters on the UNet's attention."""
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ValueError("--lora_rank needs the package peft: pip install peft") from None
-    torch.manual_seed(config.seed)  # the same adapters in every process
-    unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
-                                init_lora_weights="gaussian",
-                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
 
 def load_pipeline(config: Config) -> StableDiffusionPipeline:
@@ -597,8 +583,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
     """
     model = config.model
     try:
-        if Path(model).is_file() or Path(model, "metrics.jsonl").exists():
-            raise ValueError("it is a single file or a run; see 'Models' in the README")
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}; only Stable Diffusion v1 and v2 are supported")
@@ -607,25 +591,22 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
         text_encoder = load_network(CLIPTextModel, model, subfolder="text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
         check_words(tokenizer)
-        widths = text_encoder.config.hidden_size, vae.config.latent_channels
-        if (unet.config.cross_attention_dim, unet.config.in_channels) != widths:
-            raise ValueError("its UNet does not fit its text encoder or its VAE")
-        if unet.config.time_cond_proj_dim:
-            raise ValueError("latent consistency models are not supported")
-        # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the
-        # step. With steps_offset 1 the last step is from t = 1 to 0.
         schedule = DDIMScheduler.load_config(model, subfolder="scheduler")
-        scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1,
-                                              clip_sample=False)
-        prediction, train_steps = schedule.get("prediction_type", "epsilon"), len(scheduler.betas)
-        if "beta_schedule" not in schedule or prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"its {schedule.get('_class_name')} is not one of noise schedules by "
-                             f"betas, or predicts {prediction!r}, not epsilon or v_prediction")
+        prediction = schedule.get("prediction_type", "epsilon")
+        if (unet.config.time_cond_proj_dim or "beta_schedule" not in schedule
+                or prediction not in ("epsilon", "v_prediction")):
+            raise ValueError("it is a consistency model, its schedule is not one of betas, or it "
+                             f"predicts {prediction!r}, neither epsilon nor v_prediction")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise ValueError(f"--model {model} cannot be used ({explain(error)})") from None
+        raise ValueError(f"--model {model} cannot be used ({explain(error)}); see 'Models' in the "
+                         "README") from None
+    # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
+    # With steps_offset 1 the last step is from t = 1 to 0.
+    scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1,
+                                          clip_sample=False)
     if (spacing := schedule.get("timestep_spacing", "leading")) != "leading":
         say(f"{model}: DDIM with leading timesteps and guidance replaces its {spacing} sampler")
-    if config.num_steps >= train_steps:
+    if config.num_steps >= (train_steps := len(scheduler.betas)):
         raise ValueError(f"--num_steps {config.num_steps}: must be less than {train_steps}")
     scheduler.set_timesteps(config.num_steps)
     if (start := scheduler.timesteps[0].item()) < 0.9 * train_steps:
@@ -636,25 +617,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
-
-
-def load_prompts(config: Config) -> dict[str, list[str]]:
-    """The prompts of each of --prompts, by its name there."""
-    prompt_sets = {}
-    for source in split_list(config.prompts):
-        prompt_sets[source], remark = read_prompts(source, config.prompt_template)
-        say(remark)
-    return prompt_sets
-
-
-def report_cut_prompts(prompts: list[str], tokenizer: CLIPTokenizer) -> None:
-    """Say which of the prompts, or of a sample, the text encoder will not read to their end."""
-    sample = random.Random(0).sample(prompts, min(len(prompts), 1000))
-    limit = tokenizer.model_max_length
-    cut = [prompt for prompt in sample if len(tokenizer(prompt).input_ids) > limit]
-    if cut:
-        say(f"{len(cut)} of {len(sample)} prompts have over {limit} tokens and are cut there, as "
-            f"{textwrap.shorten(cut[0], 80)!r}")
 
 
 def pick_prompts(prompts: list[str], count: int, key: str) -> list[str]:
@@ -674,21 +636,18 @@ def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
 
 def start_distributed() -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
-    by_torchrun = dist.is_torchelastic_launched()
-    local_rank, local_size = (int(os.environ[name]) if by_torchrun else alone for name, alone in
-                              (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if not dist.is_torchelastic_launched():
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = torch.cuda.device_count() >= local_size  # else two would have to share one
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    # With a long timeout, as the others wait while rank 0 writes checkpoints.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
     if on_gpu:
-        torch.cuda.set_device(device)
-    elif by_torchrun:  # which gave each process one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    if by_torchrun:  # with a long timeout, as the others wait while rank 0 writes checkpoints
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
-                                device_id=device if on_gpu else None)
-    if not on_gpu and torch.cuda.is_available():
-        say(f"{local_size} processes, {torch.cuda.device_count()} GPUs: computing on the CPU")
-    return device
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # torchrun gave one
+    say(f"{local_size} processes and {torch.cuda.device_count()} GPUs: computing on the CPU")
+    return torch.device("cpu")
 
 
 def world_size() -> int:
@@ -711,17 +670,6 @@ def gather(values: Tensor) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-@contextlib.contextmanager
-def first_of_each_machine_first() -> Iterator[None]:
-    """The block runs in one process of a machine, which may download, and then in its others."""
-    waits = world_size() > 1 and os.environ["LOCAL_RANK"] != "0"
-    if waits:
-        dist.barrier()
-    yield
-    if world_size() > 1 and not waits:
-        dist.barrier()
 
 
 def average_gradients(weights: list[torch.nn.Parameter]) -> None:
@@ -761,45 +709,34 @@ class Run:
         self.folder = Path(folder)
         self.checkpoint = self.folder / "checkpoint.pt"
 
-    def claim(self) -> None:
-        """Make the folder this process's until it ends; raises ValueError if that cannot be."""
+    def lock(self) -> None:
+        """Keep other processes off the folder until this one ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = (self.folder / "lock").open("w")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / "lock").open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--run_dir {self.folder}: another process is at work on it; wait for "
                              "its end, or give another --run_dir") from None
-        except OSError as error:
-            raise ValueError(f"--run_dir {self.folder}: not a folder that can be written to and "
-                             f"locked ({error})") from None
 
     def save(self, **state: object) -> None:
-        """Write the checkpoint; raises ValueError, and leaves the one before, if it cannot be."""
+        """Write the checkpoint."""
         aside = self.checkpoint.with_suffix(".tmp")
-        try:
-            with aside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self.checkpoint)
-        except Exception as error:  # of the disk, which torch.save hides behind one of its own
-            aside.unlink(missing_ok=True)
-            raise ValueError(f"{self.checkpoint} cannot be written ({explain(error)}); when it "
-                             "can, the same command goes on from the one before") from None
+        with aside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.checkpoint)
 
     def load(self, config: Config) -> dict | None:
         """The checkpoint, if there is one; raises ValueError if it is damaged, or was made with
         flags that may not differ."""
         if not self.checkpoint.exists():
-            if any((self.folder / name).exists() for name in ("unet", "lora")):
-                raise ValueError(f"{self.folder} has finished weights but no checkpoint.pt; they "
-                                 "are not to be lost: give another --run_dir")
             return None
         try:
             if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load checks no checksums
                 raise ValueError(f"its part {part} is damaged")
-            state = torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             then, now = state["config"], asdict(config)
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise ValueError(f"{self.checkpoint} is not a whole checkpoint ({explain(error)}); "
@@ -812,10 +749,10 @@ class Run:
         return state
 
     def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
-        """One object, or one a line. JSON has no infinity and NaN, so they become strings."""
+        """One object, or one a line. JSON has no NaN, which becomes null, and no infinity."""
         text = "".join(json.dumps(line, indent=indent) + "\n" for line in lines)
-        text = re.sub(r"(?<=: )(-?Infinity|NaN)\b", r'"\1"', text)
-        (self.folder / name).write_text(text)
+        text = re.sub(r"(?<=: )NaN\b", "null", text)
+        (self.folder / name).write_text(re.sub(r"(?<=: )(-?Infinity)\b", r'"\1"', text))
 
     def write_curve(self, metrics: list[dict]) -> None:
         """reward.png."""
@@ -825,22 +762,20 @@ class Run:
         axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
         figure.savefig(self.folder / "reward.png", dpi=120)
 
-    def save_weights(self, policy: Policy) -> str:
+    def save_weights(self, unet: UNet2DConditionModel) -> str:
         """unet/, or with LoRA lora/, as diffusers loads them; returns the Python for that."""
-        if is_lora := hasattr(policy.unet, "peft_config"):
+        if is_lora := hasattr(unet, "peft_config"):
             from peft import get_peft_model_state_dict
 
-            folder, adapters = self.folder / "lora", get_peft_model_state_dict(policy.unet)
-            StableDiffusionPipeline.save_lora_weights(folder, adapters)
+            folder = (self.folder / "lora").absolute()
+            StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
         else:
-            folder = self.folder / "unet"
-            policy.unet.save_pretrained(folder)
-        os.umask(umask := os.umask(0))  # it can only be read by setting it
+            folder = (self.folder / "unet").absolute()
+            unet.save_pretrained(folder)
         for file in folder.iterdir():  # safetensors makes files that others cannot read
-            file.chmod(0o666 & ~umask)
-        path = str(folder.absolute())
-        return (f"pipe.load_lora_weights({path!r})" if is_lora else
-                f"pipe.unet = UNet2DConditionModel.from_pretrained({path!r})")
+            shutil.copymode(self.checkpoint, file)
+        return (f"pipe.load_lora_weights({str(folder)!r})" if is_lora else
+                f"pipe.unet = UNet2DConditionModel.from_pretrained({str(folder)!r})")
 
 
 # --------------------------------------------------------------------- §9 Train, evaluate and main
@@ -851,29 +786,23 @@ def train(config: Config, device: torch.device) -> None:
     if config.prompts_per_epoch % world_size():
         raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
                          f"{world_size()} processes; change one of the two")
-    run, metrics, history = Run(config.run_dir), [], {}  # history: DDPO's past rewards
+    run = Run(config.run_dir)
     if rank() == 0:
-        run.claim()
-    state = run.load(config)
-    with first_of_each_machine_first():
-        prompts = [prompt for of_set in load_prompts(config).values() for prompt in of_set]
-        models = load_models(config, device)
-    report_cut_prompts(prompts, models.pipeline.tokenizer)
+        run.lock()
+    state = run.load(config) or {"weights": None, "metrics": [], "history": {}}
+    prompts = list(itertools.chain(*load_prompts(config.prompts, say).values()))
+    models = load_models(config, device, state["weights"])
+    report_cut(prompts, models.pipeline.tokenizer, say)
     policy, trained = models.policy, trained_weights(models.policy.unet)
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
-    if state:
-        metrics, history = state["metrics"], state["history"]
-        set_weights(policy.unet, state["weights"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it keeps the file open
+    metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
+    if metrics:
+        optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {run.folder} after epoch {len(metrics)}")
-        del state  # which keeps the file's disk space
-    if len(metrics) > config.num_epochs:
-        raise ValueError(f"--num_epochs {config.num_epochs}: {run.folder} has {len(metrics)}")
+    del state  # which holds the weights once more
     if rank() == 0:
         run.write_json("config.json", asdict(config), indent=2)
-        for finished in ("unet", "lora"):  # will be out of date
-            shutil.rmtree(run.folder / finished, ignore_errors=True)
 
     started, epochs_before = time.time(), len(metrics)
     for epoch in range(epochs_before, config.num_epochs):
@@ -890,38 +819,36 @@ def train(config: Config, device: torch.device) -> None:
             run.write_json("metrics.jsonl", *metrics)
             run.write_curve(metrics)
     if rank() == 0:
-        name = f"samples/epoch_{config.num_epochs:04}.png"
+        name = f"samples/epoch_{len(metrics):04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
-        line = run.save_weights(policy)
-        say(f"{run.folder} is finished. Its gain holds at its own guidance:\n    {line}\n"
+        say(f"{run.folder} is finished. Its gain holds at its own guidance:\n"
+            f"    {run.save_weights(policy.unet)}\n"
             f"    pipe(prompt, guidance_scale={config.guidance_scale})\n"
-            f"To judge it: python prdp.py --evaluate {shlex.quote(str(run.folder))}")
+            f"To judge it: python prdp.py --evaluate {str(run.folder)!r}")
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
     """An epoch's metrics over all processes; predictions are those of the policy that sampled."""
-    rewards = trajectories.rewards.double()  # (N, B)
+    rewards, B = trajectories.rewards.double(), config.images_per_prompt  # (N, B)
     means = torch.tensor([[*updates.values()]], dtype=torch.float64, device=rewards.device)
+    is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
                **dict(zip(updates, gather(means).mean(0).tolist(), strict=True)),
-               "explained_variance": None, "kl": None}
-    if config.images_per_prompt > 1:
-        is_pairless = rewards.amax(-1) == rewards.amin(-1)
-        metrics["pairless_prompts"] = is_pairless.double().mean().item()
+               "pairless_prompts": is_pairless.double().mean().item(),
+               "between_prompt_variance": None, "explained_variance": None, "kl": None}
+    if B > 1:
         within = rewards.var(-1).mean()
-        between = rewards.mean(-1).var() - within / config.images_per_prompt
+        between = rewards.mean(-1).var() - within / B
         metrics["between_prompt_variance"] = (between / (between + within)).item()
     if trajectories.log_probs_ref is not None:
         log_ratios = gather(trajectories.log_probs_old - trajectories.log_probs_ref)  # (N, B, T)
         targets = pair_differences(rewards) / config.kl_weight  # (N, B, B)
         errors = pair_differences(log_ratios.mean(-1)) - targets
-        if (is_pair := targets > 0).any():
-            unexplained = errors[is_pair].square().mean() / targets[is_pair].square().mean()
-            metrics["explained_variance"] = 1 - unexplained.item()
-        if not config.offline:
-            metrics["kl"] = log_ratios.mean().item()
+        unexplained = errors[targets > 0].square().mean() / targets[targets > 0].square().mean()
+        metrics["explained_variance"] = 1 - unexplained.item()
+        metrics["kl"] = None if config.offline else log_ratios.mean().item()
     for name, term in trajectories.reward_terms.items():
-        metrics[f"reward/{name}"] = gather(term.view(-1, config.images_per_prompt)).mean().item()
+        metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
     gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
     metrics["peak_gib"] = gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics | trajectories.seconds
@@ -949,18 +876,18 @@ def sample_images(config: Config, models: Models, policy: Policy, prompts: list[
 def save_grid(config: Config, models: Models, policies: dict[str, Policy], prompts: list[str],
               run: Run, name: str) -> None:
     """A picture: up to eight prompts, spread over the list, by three images of each policy."""
-    columns = min(8, len(prompts))
-    figure = Figure(figsize=(1.3 * columns, 4.2 * len(policies)), layout="constrained")
-    cells = figure.subplots(3 * len(policies), columns, squeeze=False)
+    columns, labels = min(8, len(prompts)), [label for label in policies for _ in range(3)]
+    figure = Figure(figsize=(1.3 * columns, 1.4 * len(labels)), layout="constrained")
+    cells = figure.subplots(len(labels), columns, squeeze=False)
     for column in range(columns):
         index = column * len(prompts) // columns
         title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
         cells[0, column].set_title(title, fontsize=8, parse_math=False)
-        for i, (label, policy) in enumerate(policies.items()):
-            images = models.decode(sample_images(config, models, policy, prompts, index, 3))
-            for cell, image in zip(cells[3 * i : 3 * i + 3, column], images.cpu(), strict=True):
-                cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-                cell.set(xticks=[], yticks=[], ylabel="" if column else label)
+        images = torch.cat([models.decode(sample_images(config, models, policy, prompts, index, 3))
+                            for policy in policies.values()]).permute(0, 2, 3, 1).cpu().numpy()
+        for cell, image, label in zip(cells[:, column], images, labels, strict=True):
+            cell.imshow(image, interpolation="nearest")
+            cell.set(xticks=[], yticks=[], ylabel="" if column else label)
     (run.folder / name).parent.mkdir(exist_ok=True)
     with warnings.catch_warnings(action="ignore"):  # of letters that matplotlib's font has not
         figure.savefig(run.folder / name, dpi=100)
@@ -968,76 +895,50 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
 
 def evaluate(config: Config, device: torch.device) -> None:
     """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
-    run = Run(config.run_dir if config.evaluate == "base" else config.evaluate)
-    with first_of_each_machine_first():
-        prompt_sets, models = load_prompts(config), load_models(config, device)
-    policies = {"base": models.policy}
-    if config.evaluate != "base":
-        state = run.load(config)
-        if state is None:
-            raise ValueError(f"--evaluate {run.folder}: there is no checkpoint in it yet")
-        set_weights(models.policy.unet, state["weights"])
-        policies = {"base": models.reference, "finetuned": models.policy}
-    names = {source: f"evaluation-{Path(source).stem}" for source in prompt_sets}
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"--prompts {config.prompts}: two of one name; evaluate them one by one")
+    run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
+    is_base = config.evaluate == "base"
+    state = {"weights": None} if is_base else run.load(config)
+    if state is None:
+        raise ValueError(f"--evaluate {run.folder}: there is no checkpoint in it yet")
+    models = load_models(config, device, state["weights"])
+    policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
     run.folder.mkdir(parents=True, exist_ok=True)
-    for source, prompts in prompt_sets.items():
-        report_cut_prompts(prompts, models.pipeline.tokenizer)
-        (run.folder / f"{names[source]}.json").open("a").close()  # fails now, not hours later
-    for source, prompts in prompt_sets.items():
-        results = score_policies(config, models, policies, prompts)
-        if rank() == 0:
-            content = {"config": asdict(config), "prompts": source, "results": results}
-            run.write_json(f"{names[source]}.json", content, indent=2)
-            save_grid(config, models, policies, prompts, run, f"{names[source]}.png")
-        say(f"{source}: {len(prompts)} prompts x {config.samples_per_prompt} samples; mean ± "
-            f"standard error over prompts; {run.folder / names[source]}.json and .png")
-        for name, columns in results.items():
-            cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
-                     for column, value in columns.items() if column != "prompts_improved"]
-            say(f"{name:<20}{'   '.join(cells)}   better {columns['prompts_improved']:.0%}")
-
-
-def score_policies(config: Config, models: Models, policies: dict[str, Policy],
-                   prompts: list[str]) -> dict[str, dict]:
-    """Of each reward: its mean under each policy, standard error over prompts, and difference."""
     count, names = config.samples_per_prompt, [*models.reward.weights, "weighted sum"]
-    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(policies), len(names))
-    for row, index in enumerate(my_share(len(prompts))):
-        for i, policy in enumerate(policies.values()):
-            latents = sample_images(config, models, policy, prompts, index, count)
-            terms = models.score(latents, [prompts[index]] * count, config.micro_batch_size)
-            terms["weighted sum"] = models.reward.total(terms)
-            scores[row, i] = torch.stack([terms[name].mean() for name in names])
-    scores = gather(scores.to(latents.device))[: len(prompts)].double()  # (prompts, policies, R)
-    results = {}
-    for name, of_policies in zip(names, scores.permute(2, 1, 0), strict=True):
-        columns = dict(zip(policies, of_policies, strict=True))
-        gains = columns.get("finetuned", columns["base"]) - columns["base"]  # (prompts,)
-        if len(policies) > 1:
-            columns["difference"] = gains
-        results[name] = {column: {"mean": values.mean().item(),
-                                  "standard_error": values.std().item() / len(values) ** 0.5}
-                         for column, values in columns.items()}
-        results[name]["prompts_improved"] = (gains > 0).double().mean().item()
-    return results
-
-
-def set_weights(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
-    """Give the weights that learn their recorded values; raises ValueError if they do not fit."""
-    trained = trained_weights(unet)
-    if {name: w.shape for name, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
-        raise ValueError("the checkpoint holds another network; do --model and --lora_rank fit it?")
-    with torch.no_grad():
-        for name, weight in trained.items():
-            weight.copy_(weights[name])
+    for prompt_set, prompts in prompt_sets.items():
+        report_cut(prompts, models.pipeline.tokenizer, say)
+        file = f"evaluation-{prompt_set}.json"
+        (run.folder / file).open("a").close()  # fails now, not hours later
+        scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(policies), len(names))
+        for row, index in enumerate(my_share(len(prompts))):
+            for i, policy in enumerate(policies.values()):
+                latents = sample_images(config, models, policy, prompts, index, count)
+                terms = models.score(latents, [prompts[index]] * count, config.micro_batch_size)
+                terms["weighted sum"] = models.reward.total(terms)
+                scores[row, i] = torch.stack([terms[name].mean() for name in names])
+        scores = gather(scores.to(device))[: len(prompts)].double()  # (prompts, policies, R)
+        columns = dict(zip(policies, scores.unbind(1), strict=True))  # each (prompts, R)
+        if not is_base:
+            columns["difference"] = columns["finetuned"] - columns["base"]
+        better = (scores[:, -1] > scores[:, 0]).double().mean(0)  # (R,), the share of prompts
+        results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error":
+                                   values[:, i].std().item() / len(prompts) ** 0.5}
+                          for column, values in columns.items()}
+                   | {"prompts_improved": better[i].item()} for i, name in enumerate(names)}
+        if rank() == 0:
+            content = {"config": asdict(config), "prompts": prompt_set, "results": results}
+            run.write_json(file, content, indent=2)
+            save_grid(config, models, policies, prompts, run, file.replace(".json", ".png"))
+        say(f"{prompt_set}: {len(prompts)} prompts x {count} samples; mean ± standard error over "
+            f"prompts; {run.folder / file} and .png")
+        for name, result in results.items():
+            cells = [f"{column} {result[column]['mean']:.4f} ± "
+                     f"{result[column]['standard_error']:.4f}" for column in columns]
+            say(f"{name:<20}{'   '.join(cells)}   better {result['prompts_improved']:.0%}")
 
 
 MULTI = dict(
-    prompts="pickapic", prompt_template="{}", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
-    num_epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
-    clip_range=1e-4)
+    prompts="pickapic", reward="pickscore=10,hpsv2=2,aesthetic=0.05", num_epochs=1000,
+    updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
 PRESETS = {
     "small": {},
     "multi": MULTI,
@@ -1054,65 +955,48 @@ OBJECTIVES = {
     "grpo": dict(clip_range=1e-4),
     "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
 }
-
+# The least value of a number, 1 for those not here. A pair takes two images of a prompt.
+LEAST = dict(seed=-math.inf, guidance_scale=-math.inf, tracker_size=0, lora_rank=0, clip_range=0,
+             learning_rate=0, weight_decay=0, kl_weight=1e-12, max_grad_norm=1e-12, num_steps=2,
+             images_per_prompt=2)
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags beat an objective's defaults, and those the preset's. With --evaluate they beat the
     run's flags. Raises ValueError naming the flag."""
 
-    def fail(message: str) -> NoReturn:
+    def fail(message: str) -> None:
         raise ValueError(f"{message}; --help explains the flags")
 
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.error = fail  # else argparse ends every process with a message of its own
-    parser.set_defaults(prompts=None)  # until it is known whether it is given
     given = parser.parse_args(arguments)
     defaults = asdict(Config()) | PRESETS[given.preset]
     if given.objective == "ddpo":
         defaults["prompts_per_epoch"] *= defaults["images_per_prompt"]
     defaults |= OBJECTIVES[given.objective]
     if given.evaluate not in (None, "base"):
-        defaults = read_config(Path(given.evaluate))
-    if given.prompts:  # the default template is for the default list
-        is_default = given.prompts == Config().prompts
-        defaults["prompt_template"] = Config().prompt_template if is_default else "{}"
+        try:
+            flags = json.loads(Path(given.evaluate, "config.json").read_text())
+            defaults |= {name: flags.get(name, default) for name, default in defaults.items()}
+        except Exception as error:  # no folder, no file, or one with something else in it
+            fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
     parser.set_defaults(**defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if not config.run_dir:
-        scorers = [name.partition(":")[0] for name, weight in parse_reward(config.reward).items()
-                   if weight != 0]
-        names = "base" if config.evaluate else "-".join(
-            [config.preset, "+".join(Path(name).name for name in scorers)])
-        config.run_dir = f"runs/{names}"
+    names = [Path(scorer.partition(":")[0]).name
+             for scorer, weight in parse_reward(config.reward).items() if weight]
+    folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"
+    config.run_dir = config.run_dir or folder
+    if config.evaluate not in (None, "base"):
+        config.run_dir = config.evaluate
 
-    bounds = dict.fromkeys(("num_epochs", "updates_per_epoch", "prompts_per_epoch", "save_every",
-                            "micro_batch_size", "samples_per_prompt"), 1)
-    bounds |= dict.fromkeys(("clip_range", "tracker_size", "lora_rank", "learning_rate",
-                             "weight_decay"), 0)
-    bounds |= {"kl_weight": 1e-12, "max_grad_norm": 1e-12, "num_steps": 2,
-               "images_per_prompt": 1 if config.objective == "ddpo" else 2}
-    for name, bound in bounds.items():
-        if not getattr(config, name) >= bound:
-            raise ValueError(f"--{name} {getattr(config, name)}: must be at least {bound}")
-    if "{}" not in config.prompt_template:
-        raise ValueError(f"--prompt_template {config.prompt_template!r}: there is no {{}} in it")
+    least = LEAST | ({"images_per_prompt": 1} if config.objective == "ddpo" else {})
+    for name, value in asdict(config).items():
+        if type(value) in (int, float) and not value >= least.get(name, 1):
+            fail(f"--{name} {value}: must be at least {least.get(name, 1)}")
     if config.offline and config.objective != "prdp":
-        raise ValueError(f"--offline: {config.objective} is a policy gradient and needs samples of "
-                         "its policy")
+        fail(f"--offline: {config.objective} is a policy gradient and needs its policy's samples")
     return config
-
-
-def read_config(folder: Path) -> dict:
-    """The flags that a run was made with."""
-    defaults = asdict(Config())
-    try:
-        for name, value in json.loads((folder / "config.json").read_text()).items():
-            defaults[name] = value if defaults[name] is None else type(defaults[name])(value)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read "
-                         f"({explain(error)})") from None
-    return defaults
 
 
 def main() -> None:
@@ -1120,10 +1004,9 @@ def main() -> None:
     device = start_distributed()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is raised in any case
+        library.utils.logging.set_verbosity(50)  # critical: what fails is raised in any case
     if rank() == 0:
         huggingface_hub.utils.enable_progress_bars()
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as for matrix products
     try:
         config = parse_config()
         train(config, device) if config.evaluate is None else evaluate(config, device)
@@ -1134,6 +1017,7 @@ def main() -> None:
                      "--gradient_checkpointing, or begin another --run_dir with --lora_rank")
         elif not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
+            error = explain(error)  # the disk, if that is behind it
         sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()

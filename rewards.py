@@ -118,9 +118,9 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
 def parse_reward(spec: str) -> dict[str, float]:
     """The weight of every scorer of a spec: "clip:demo/clip=2,hpsv2" -> {"clip:demo/clip": 2.0,
     "hpsv2": 1.0}. It loads nothing. Raises ValueError for a spec that says nothing clear."""
-    weights, names = {}, set()
+    weights, names, items = {}, set(), split_list(spec, "--reward")
     try:
-        for item in split_list(spec):
+        for item in items:
             scorer, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
             name, factory = find_factory(scorer)
             if factory is None:

@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import errno
 import gc
 import importlib
 import itertools
@@ -32,24 +31,18 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here must be missed at once
 import huggingface_hub
 import open_clip
-import pyarrow.parquet
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-)
+from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel
 
 import prdp
 import prompts.sets
 from prdp import Config, Policy
-from prompts.sets import NAMES, explain, read_prompts, split_list
+from prompts.sets import explain, read_prompts
 from rewards import Reward, load_reward, parse_reward
 
 with warnings.catch_warnings():  # the mark is registered nowhere: it would take a file of its own
@@ -57,26 +50,10 @@ with warnings.catch_warnings():  # the mark is registered nowhere: it would take
     slow = pytest.mark.slow
 ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
-SD_SCHEDULE = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
-DEMO = [
-    "--preset",
-    "demo",
-    "--prompts_per_epoch",
-    "2",
-    "--images_per_prompt",
-    "4",
-    "--num_steps",
-    "4",
-    "--micro_batch_size",
-    "5",
-]
+SD_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                   clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+DEMO = ["--preset", "demo", "--prompts_per_epoch", "2", "--images_per_prompt", "4", "--num_steps",
+        "4", "--micro_batch_size", "5"]
 
 
 @pytest.fixture(autouse=True)
@@ -160,12 +137,10 @@ class GaussianToy:
         self.latent_shape, self.num_steps = (1, 2, 3), 5
         self.direction = torch.randn(self.latent_shape)
         scheduler = ddim(self.num_steps)
-        self.reference = Policy(
-            LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0
-        )
-        self.policy = Policy(
-            LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0), 1.0
-        )
+        self.reference = Policy(LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0),
+                                1.0)
+        self.policy = Policy(LinearUNet(scheduler, self.latent_shape), scheduler, torch.empty(0),
+                             1.0)
         self.reference.unet.requires_grad_(False)
         self.reward = Reward({"linear": None}, {"linear": 1.0})
         # Tilting by exp(w . x_0 / beta) moves a mean by variance * d log E[exp] / d x_{t-1},
@@ -194,15 +169,8 @@ class GaussianToy:
         return {"linear": (latents * self.direction).sum((1, 2, 3))}
 
     def config(self, **options):
-        return Config(
-            num_steps=self.num_steps,
-            kl_weight=self.kl_weight,
-            prompts_per_epoch=2,
-            images_per_prompt=16,
-            micro_batch_size=256,
-            weight_decay=0,
-            **options,
-        )
+        return Config(num_steps=self.num_steps, kl_weight=self.kl_weight, prompts_per_epoch=2,
+                      images_per_prompt=16, micro_batch_size=256, weight_decay=0, **options)
 
 
 def test_loss_is_zero_at_the_optimum_of_a_gaussian_chain():
@@ -211,18 +179,15 @@ def test_loss_is_zero_at_the_optimum_of_a_gaussian_chain():
     toy.policy.unet.bias.data = toy.optimal_bias
     trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
     at_optimum = prdp.objective_loss(config, trajectories.log_probs_old, trajectories, None).item()
-    at_reference = prdp.objective_loss(
-        config, trajectories.log_probs_ref, trajectories, None
-    ).item()
+    at_reference = prdp.objective_loss(config, trajectories.log_probs_ref, trajectories,
+                                       None).item()
     assert at_optimum < 1e-9 * at_reference
 
     for scale in (0.0, 0.9, 1.1):
         toy.policy.unet.bias.data = scale * toy.optimal_bias
         trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
-        assert (
-            prdp.objective_loss(config, trajectories.log_probs_old, trajectories, None)
-            > 1e-3 * at_reference
-        )
+        assert (prdp.objective_loss(config, trajectories.log_probs_old, trajectories,
+                                    None) > 1e-3 * at_reference)
 
 
 @pytest.mark.parametrize("clip_range, updates", [(math.inf, 1), (1e-1, 4)])
@@ -284,9 +249,8 @@ def test_loss_equals_a_plain_loop_over_pairs(inputs):
     loss = prdp.prdp_loss(*inputs).item()
     assert loss == pytest.approx(sum(e[0] for e in expected) / len(expected), rel=1e-9, abs=1e-12)
     assert loss >= sum(e[1] for e in expected) / len(expected) * (1 - 1e-12)
-    one_by_one = [
-        prdp.prdp_loss(*prompt, clip_range, kl_weight) for prompt in zip(*tensors, strict=True)
-    ]
+    one_by_one = [prdp.prdp_loss(*prompt, clip_range, kl_weight)
+                  for prompt in zip(*tensors, strict=True)]
     assert loss == pytest.approx(torch.stack(one_by_one).mean().item(), rel=1e-12)
 
 
@@ -300,23 +264,16 @@ def test_loss_ignores_a_prompts_reward_offset_and_the_order_of_its_images(inputs
     assume((prdp.pair_differences(rewards + offsets) > 0).equal(prdp.pair_differences(rewards) > 0))
     torch.testing.assert_close(shifted, loss, rtol=1e-9, atol=1e-9)
     order = rng.sample(range(rewards.shape[1]), rewards.shape[1])
-    permuted = prdp.prdp_loss(
-        *(x[:, order] for x in (log_probs, old, ref, rewards)), clip_range, kl_weight
-    )
+    permuted = prdp.prdp_loss(*(x[:, order] for x in (log_probs, old, ref, rewards)), clip_range,
+                              kl_weight)
     torch.testing.assert_close(permuted, loss)
 
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.3, 0.3], [0.3]])
 def test_without_a_pair_loss_and_gradient_are_zero(rewards):
     log_probs = torch.randn(len(rewards), 4, dtype=torch.float64, requires_grad=True)
-    loss = prdp.prdp_loss(
-        log_probs,
-        log_probs.detach(),
-        torch.randn(len(rewards), 4).double(),
-        torch.tensor(rewards),
-        1e-6,
-        1e-5,
-    )
+    loss = prdp.prdp_loss(log_probs, log_probs.detach(), torch.randn(len(rewards), 4).double(),
+                          torch.tensor(rewards), 1e-6, 1e-5)
     (grad,) = torch.autograd.grad(loss, log_probs)
     assert loss == 0 and torch.equal(grad, torch.zeros_like(grad))
 
@@ -401,9 +358,8 @@ def test_ddpo_advantages_end_at_10():
 def test_grpo_advantages_have_mean_0_and_deviation_1_of_each_prompt():
     advantages = prdp.grpo_advantages(torch.rand(4, 6) * 10 + 3)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(4).double())
-    torch.testing.assert_close(
-        advantages.std(1, correction=0), torch.ones(4).double(), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(advantages.std(1, correction=0), torch.ones(4).double(), rtol=1e-5,
+                               atol=0)
 
 
 @pytest.mark.parametrize("sizes", [(12, 2, 4), (64, 1, 4), (8, 4, 3), (7, 1, 3)])
@@ -463,19 +419,15 @@ def test_the_between_prompt_share_of_the_variance_is_estimated_without_bias():
 
 
 @pytest.mark.parametrize("objective", ["prdp", "ddpo"])
-def test_the_clip_fraction_counts_what_the_objectives_loss_clips(
-    demo_models, monkeypatch, objective
-):
+def test_the_clip_fraction_counts_what_the_objectives_loss_clips(demo_models, monkeypatch,
+                                                                 objective):
     flags = ["--objective", objective, "--updates_per_epoch", "2", "--clip_range", "0.1"]
     config = prdp.parse_config([*DEMO, *flags, "--images_per_prompt", "4", "--tracker_size", "0"])
     prompts = ["A painting of a cat", "A painting of a bat"]
     trajectories = prdp.collect_epoch(config, demo_models, prompts, 0, {})
     # e^0.098 - 1 is above 0.1: it is outside of DDPO's range, and its log inside of PRDP's.
-    monkeypatch.setattr(
-        prdp,
-        "trajectory_log_probs",
-        lambda policy, embeds, latents, size: old_of(latents) + 0.098,
-    )
+    monkeypatch.setattr(prdp, "trajectory_log_probs",
+                        lambda policy, embeds, latents, size: old_of(latents) + 0.098)
 
     def old_of(latents):
         rows = [(trajectories.latents == x).flatten(1).all(1).nonzero()[0, 0] for x in latents]
@@ -499,9 +451,8 @@ def test_every_step_equals_diffusers_ddim_with_eta_1(prediction_type, num_steps)
         scheduler, prediction, latents, scheduler.timesteps
     )  # mixed steps
     for i, t in enumerate(scheduler.timesteps):
-        expected = scheduler.step(
-            prediction[i], t, latents[i], eta=1.0, variance_noise=noise[i]
-        ).prev_sample
+        expected = scheduler.step(prediction[i], t, latents[i], eta=1.0,
+                                  variance_noise=noise[i]).prev_sample
         torch.testing.assert_close((mean + std * noise)[i], expected, rtol=1e-6, atol=1e-6)
     assert std.shape == (num_steps, 1, 1, 1) and std.min() > 0.02
 
@@ -510,9 +461,8 @@ def test_log_prob_equals_torch_distributions_and_resolves_1e_7_nats():
     torch.manual_seed(0)
     x, mean = torch.randn(2, 5, 4, 8, 8)
     std = torch.rand(5, 1, 1, 1) + 0.02
-    expected = (
-        torch.distributions.Normal(mean.double(), std.double()).log_prob(x.double()).mean((1, 2, 3))
-    )
+    expected = (torch.distributions.Normal(mean.double(),
+                                           std.double()).log_prob(x.double()).mean((1, 2, 3)))
     log_prob = prdp.gaussian_log_prob(x, mean, std)
     assert log_prob.dtype == torch.float64
     torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
@@ -541,11 +491,8 @@ def test_guidance_is_linear_between_the_two_predictions(demo_models):
 
 def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torch.Tensor:
     """d loss / d weights, by two passes, or without a micro-batch size by plain autograd."""
-    policy = replace(
-        policy,
-        unet=copy.deepcopy(policy.unet).to(dtype),
-        negative_embeds=policy.negative_embeds.to(dtype),
-    )
+    policy = replace(policy, unet=copy.deepcopy(policy.unet).to(dtype),
+                     negative_embeds=policy.negative_embeds.to(dtype))
     embeds, latents = trajectories.prompt_embeds.to(dtype), trajectories.latents.to(dtype)
     trajectories = replace(trajectories, prompt_embeds=embeds, latents=latents)
     part = prdp.images_of_update(config, 0)
@@ -566,21 +513,13 @@ def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torc
     return torch.cat([parameter.grad.flatten() for parameter in policy.unet.parameters()]).double()
 
 
-@pytest.mark.parametrize(
-    "objective, clip_range", [("prdp", math.inf), ("prdp", 2e-3), ("grpo", 2e-3)]
-)
+@pytest.mark.parametrize("objective, clip_range",
+                         [("prdp", math.inf), ("prdp", 2e-3), ("grpo", 2e-3)])
 def test_two_pass_gradient_equals_plain_autograd(demo_models, objective, clip_range):
     """Through all T steps and all pairs at once, with guidance, at a policy that has moved."""
-    config = Config(
-        **prdp.PRESETS["demo"]
-        | dict(
-            objective=objective,
-            clip_range=clip_range,
-            num_steps=4,
-            prompts_per_epoch=2,
-            images_per_prompt=3,
-        )
-    )
+    config = Config(**prdp.PRESETS["demo"]
+                    | dict(objective=objective, clip_range=clip_range, num_steps=4,
+                           prompts_per_epoch=2, images_per_prompt=3))
     prompts = ["A painting of a cat", "A painting of a bat"]
     trajectories = prdp.collect_epoch(config, demo_models, prompts, 0, {})
     trajectories.rewards = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.2, 0.9]])
@@ -600,18 +539,15 @@ def test_two_pass_gradient_equals_plain_autograd(demo_models, objective, clip_ra
     assert error(torch.float32, 7) < 1.2 * error(torch.float32) + 1e-6 < 1e-4
 
 
-def test_before_the_first_update_of_every_epoch_the_policy_is_exactly_the_old_one(
-    tmp_path, monkeypatch
-):
+def test_before_the_first_update_of_every_epoch_the_policy_is_exactly_the_old_one(tmp_path,
+                                                                                  monkeypatch):
     differences, update_policy = [], prdp.update_policy
 
     def checked(config, policy, optimizer, trajectories):
-        log_probs = prdp.trajectory_log_probs(
-            policy, trajectories.prompt_embeds, trajectories.latents, config.micro_batch_size
-        )
-        differences.append(
-            (log_probs.view_as(trajectories.log_probs_old) - trajectories.log_probs_old).abs().max()
-        )
+        log_probs = prdp.trajectory_log_probs(policy, trajectories.prompt_embeds,
+                                              trajectories.latents, config.micro_batch_size)
+        differences.append((log_probs.view_as(trajectories.log_probs_old)
+                            - trajectories.log_probs_old).abs().max())
         return update_policy(config, policy, optimizer, trajectories)
 
     monkeypatch.setattr(prdp, "update_policy", checked)
@@ -637,10 +573,8 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def without_measurements(metrics: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_gib"}
-        for line in metrics
-    ]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "peak_gib"}
+            for line in metrics]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -651,20 +585,13 @@ def test_a_stopped_run_continues_to_the_bit_identical_end(tmp_path):
     train(tmp_path / "whole", "--num_epochs", "2", "--updates_per_epoch", "2")
     train(tmp_path / "stopped", "--num_epochs", "1", "--updates_per_epoch", "2")
     train(tmp_path / "stopped", "--num_epochs", "2", "--updates_per_epoch", "2")
-    whole, stopped = (
-        without_measurements(read_metrics(tmp_path / run)) for run in ("whole", "stopped")
-    )
+    whole, stopped = (without_measurements(read_metrics(tmp_path / run))
+                      for run in ("whole", "stopped"))
     assert whole == stopped and [line["epoch"] for line in whole] == [1, 2]
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "stopped")[name])
-    for file in (
-        "config.json",
-        "metrics.jsonl",
-        "reward.png",
-        "samples/epoch_0000.png",
-        "samples/epoch_0002.png",
-        "checkpoint.pt",
-    ):
+    for file in ("config.json", "metrics.jsonl", "reward.png", "samples/epoch_0000.png",
+                 "samples/epoch_0002.png", "checkpoint.pt"):
         assert (tmp_path / "whole" / file).stat().st_size > 0
     assert not list((tmp_path / "whole").rglob("*.tmp"))
 
@@ -679,10 +606,9 @@ def test_equal_rewards_leave_the_weights_as_they_are(tmp_path):
     assert read_metrics(tmp_path / "run")[0]["loss"] == 0
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--offline", "--objective ddpo", "--objective grpo --updates_per_epoch 3", "--clip_range inf"],
-)
+@pytest.mark.parametrize("flags",
+                         ["--offline", "--objective ddpo", "--objective grpo --updates_per_epoch 3",
+                          "--clip_range inf"])
 def test_each_of_the_papers_comparisons_is_one_flag(tmp_path, flags):
     train(tmp_path / "run", "--num_epochs", "2", *flags.split())
     metrics = read_metrics(tmp_path / "run")
@@ -710,38 +636,22 @@ def save_pipeline(folder: Path, unet: dict, text: dict, vae: dict | None = None,
     demo = load_pipeline("demo/model")
     demo.tokenizer.model_max_length = text["max_position_embeddings"]
     torch.manual_seed(0)
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(**vae) if vae else demo.vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        tokenizer=demo.tokenizer,
-        unet=UNet2DConditionModel(**unet),
-        scheduler=DDIMScheduler(**SD_SCHEDULE, **schedule),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    StableDiffusionPipeline(vae=AutoencoderKL(**vae) if vae else demo.vae,
+                            text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+                            tokenizer=demo.tokenizer, unet=UNet2DConditionModel(**unet),
+                            scheduler=DDIMScheduler(**SD_SCHEDULE, **schedule), safety_checker=None,
+                            feature_extractor=None,
+                            requires_safety_checker=False).save_pretrained(folder)
 
 
 def test_a_model_built_like_stable_diffusion_2_trains_and_scores_like_its_sampler(tmp_path):
     """v prediction, a wide text encoder with gelu, linear projections, heads of equal width."""
-    unet = dict(
-        sample_size=6,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=(2, 4),
-        cross_attention_dim=48,
-        use_linear_projection=True,
-        norm_num_groups=8,
-    )
-    text = dict(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        max_position_embeddings=16,
-    )
+    unet = dict(sample_size=6, block_out_channels=(32, 64),
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4),
+                cross_attention_dim=48, use_linear_projection=True, norm_num_groups=8)
+    text = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                hidden_act="gelu", max_position_embeddings=16)
     save_pipeline(tmp_path / "v2", unet, text, prediction_type="v_prediction")
     run = tmp_path / "run"
     train(run, "--num_epochs", "1", "--model", str(tmp_path / "v2"), "--gradient_checkpointing")
@@ -765,8 +675,7 @@ def test_a_schedule_without_an_offset_still_has_a_deviation_at_its_last_step(tmp
 def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(tmp_path):
     train(tmp_path / "run", "--num_epochs", "1", "--learning_rate", "1e-3")
     config = prdp.parse_config(["--evaluate", str(tmp_path / "run"), "--num_steps", "6"])
-    models = prdp.load_models(config, CPU)
-    prdp.set_weights(models.policy.unet, weights(tmp_path / "run"))
+    models = prdp.load_models(config, CPU, weights(tmp_path / "run"))
     prompt, (C, H, W) = "A painting of a cat", models.latent_shape
     generator = torch.Generator().manual_seed(0)
     noise = torch.cat([torch.randn(1, C, H, W, generator=generator) for _ in range(7)])[None]
@@ -779,18 +688,11 @@ def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(tmp_path)
         unet=UNet2DConditionModel.from_pretrained(tmp_path / "run/unet"),
         safety_checker=None,
     )
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False
-    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False,
+                                                   set_alpha_to_one=False)
     generator.manual_seed(0)  # which draws x_T, and then every step's noise
-    theirs = pipeline(
-        prompt,
-        num_inference_steps=6,
-        guidance_scale=config.guidance_scale,
-        eta=1.0,
-        generator=generator,
-        output_type="pt",
-    ).images
+    theirs = pipeline(prompt, num_inference_steps=6, guidance_scale=config.guidance_scale, eta=1.0,
+                      generator=generator, output_type="pt").images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -815,9 +717,8 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
     assert (tmp_path / "run/checkpoint.pt").stat().st_size < 1e6
 
     config = prdp.parse_config(["--evaluate", str(tmp_path / "run"), "--samples_per_prompt", "2"])
-    models = prdp.load_models(config, CPU)
     state = prdp.Run(str(tmp_path / "run")).load(config)
-    prdp.set_weights(models.policy.unet, state["weights"])
+    models = prdp.load_models(config, CPU, state["weights"])
     channels_last = dict(memory_format=torch.channels_last)  # for the same kernels
     untouched = load_pipeline("demo/model").unet.to(**channels_last)
     untouched = replace(models.policy, unet=untouched)
@@ -838,25 +739,6 @@ def test_lora_learns_in_adapters_alone_and_its_reference_is_the_untouched_model(
 
 
 @slow
-def test_a_compiled_policy_scores_what_it_drew_exactly_as_it_drew_it():
-    """With a last micro-batch of another size; compiling takes minutes."""
-    flags = ["--compile", "--images_per_prompt", "5", "--micro_batch_size", "4"]
-    config = prdp.parse_config([*DEMO, *flags])
-    models = prdp.load_models(config, CPU)
-    optimizer = torch.optim.AdamW(prdp.trained_weights(models.policy.unet).values(), 1e-4)
-    for epoch in range(2):
-        trajectories = prdp.collect_epoch(config, models, ["A painting of a cat"], epoch, {})
-        log_probs = prdp.trajectory_log_probs(
-            models.policy, trajectories.prompt_embeds, trajectories.latents, 4
-        )
-        assert torch.equal(
-            log_probs.view_as(trajectories.log_probs_old), trajectories.log_probs_old
-        )
-        prdp.update_policy(config, models.policy, optimizer, trajectories)
-    assert (log_probs.view_as(trajectories.log_probs_ref) != trajectories.log_probs_ref).any()
-
-
-@slow
 def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
     """860 million random weights, latents of 16 x 16: 20 GB of memory and of disk, 10 minutes."""
     vae = dict(
@@ -866,13 +748,8 @@ def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
         layers_per_block=2,
         latent_channels=4,
     )
-    text = dict(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-    )
+    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, max_position_embeddings=77)
     unet = dict(sample_size=16, cross_attention_dim=768, attention_head_dim=8)
     save_pipeline(tmp_path / "sd", unet, text, vae)
     flags = demo_flags(tmp_path / "run", "--num_epochs", "1", "--model", str(tmp_path / "sd"))
@@ -891,14 +768,11 @@ def test_a_model_of_stable_diffusion_1_4s_size_trains_saves_and_loads(tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in weights(tmp_path / "run").items())
 
 
-def test_a_run_that_goes_on_has_no_finished_weights_and_is_evaluated_from_its_checkpoint(
-    tmp_path, monkeypatch
-):
+def test_a_run_that_goes_on_is_evaluated_from_its_checkpoint(tmp_path, monkeypatch):
     train(tmp_path / "run", "--num_epochs", "1")
     monkeypatch.setattr(prdp, "collect_epoch", lambda *_: exec("raise ValueError('stop')"))
     with pytest.raises(ValueError, match="stop"):
         train(tmp_path / "run", "--num_epochs", "2", "--gradient_checkpointing")
-    assert not (tmp_path / "run/unet").exists()
     flags = ["--evaluate", str(tmp_path / "run"), "--samples_per_prompt", "2"]
     prdp.evaluate(prdp.parse_config(flags), CPU)
     results = json.loads((tmp_path / "run/evaluation-two.json").read_text())["results"]
@@ -920,17 +794,6 @@ def test_the_base_alone_is_the_column_of_a_comparison(tmp_path):
     assert base["base"] == run["base"] and "finetuned" not in base
 
 
-def test_evaluate_refuses_prompt_files_whose_results_would_overwrite_each_other(tmp_path):
-    train(tmp_path / "run", "--num_epochs", "1")
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "two.txt").write_text("a cat")
-    prompts = f"{tmp_path}/a/two.txt,{tmp_path}/b/two.txt"
-    flags = ["--evaluate", str(tmp_path / "run"), "--prompts", prompts]
-    with pytest.raises(ValueError, match="--prompts .*two of one name"):
-        prdp.evaluate(prdp.parse_config(flags), CPU)
-
-
 def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
     table = {  # epochs, updates, prompts, images, kl_weight, clip_range, learning_rate
         "small": (100, 10, 32, 16, 3e-5, 1e-6, 1e-5),
@@ -939,17 +802,10 @@ def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
     }
     for preset, (*sizes, kl_weight, clip_range, learning_rate) in table.items():
         c = prdp.parse_config(["--preset", preset])
-        assert sizes == [
-            c.num_epochs,
-            c.updates_per_epoch,
-            c.prompts_per_epoch,
-            c.images_per_prompt,
-        ]
-        assert (c.kl_weight, c.clip_range, c.learning_rate) == (
-            kl_weight,
-            clip_range,
-            learning_rate,
-        )
+        assert sizes == [c.num_epochs, c.updates_per_epoch, c.prompts_per_epoch,
+                         c.images_per_prompt]
+        assert (c.kl_weight, c.clip_range, c.learning_rate) == (kl_weight, clip_range,
+                                                                learning_rate)
         assert (c.num_steps, c.guidance_scale, c.weight_decay, c.max_grad_norm) == (50, 5, 1e-4, 1)
         assert c.model == "CompVis/stable-diffusion-v1-4" and c.objective == "prdp"
         for flags, count in (([], 512), (["--prompts_per_epoch", "8"], 8)):
@@ -958,25 +814,12 @@ def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
             assert (c.clip_range, c.learning_rate, c.tracker_size) == (1e-4, 1e-5, 32)
         c = prdp.parse_config(["--preset", preset, "--objective", "grpo"])
         assert (c.prompts_per_epoch, c.images_per_prompt, c.clip_range) == (*sizes[2:], 1e-4)
-    demo, ddpo = (
-        prdp.parse_config(["--preset", "demo", *flags]) for flags in ([], ["--objective", "ddpo"])
-    )
+    demo, ddpo = (prdp.parse_config(["--preset", "demo", *flags])
+                  for flags in ([], ["--objective", "ddpo"]))
     assert ddpo.prompts_per_epoch == demo.prompts_per_epoch * demo.images_per_prompt
     assert prdp.parse_config([]) == Config(run_dir="runs/small-hpsv2")
     assert prdp.parse_config(["--preset", "multi"]).reward == "pickscore=10,hpsv2=2,aesthetic=0.05"
     assert prdp.parse_config(["--preset", "large", "--learning_rate", "1"]).learning_rate == 1
-
-
-def test_the_template_belongs_to_the_default_list_even_when_that_is_named():
-    for flags, template in (
-        ([], "A painting of a {}"),
-        (["--prompts", "prompts/animals.txt"], "A painting of a {}"),
-        (["--prompts", "prompts/unseen.txt"], "{}"),
-        (["--prompts=prompts/unseen.txt", "--prompt_template", "{}, oil"], "{}, oil"),
-        (["--preset", "large"], "{}"),
-        (["--preset", "large", "--prompts", "prompts/animals.txt"], "A painting of a {}"),
-    ):
-        assert prdp.parse_config(flags).prompt_template == template
 
 
 def test_loading_a_model_gives_no_warning():
@@ -992,7 +835,7 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     run.save(**state | {"weights": base})  # finetuned = base
     flags = ["--evaluate", str(tmp_path / "run"), "--prompts", str(tmp_path / "two.txt")]
     config = prdp.parse_config([*flags, "--samples_per_prompt", "3"])
-    assert config.prompt_template == "{}" and config.num_steps == 4
+    assert config.num_steps == 4
     prdp.evaluate(config, CPU)
     result = json.loads((tmp_path / "run/evaluation-two.json").read_text())["results"]["clip"]
     assert result["difference"] == {"mean": 0, "standard_error": 0}
@@ -1000,23 +843,11 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     assert result["prompts_improved"] == 0
     assert (tmp_path / "run/evaluation-two.png").exists() and "clip" in capsys.readouterr().out
     models = prdp.load_models(config, CPU)
-    scores = torch.stack(
-        [
-            models.score(
-                prdp.sample_images(
-                    config,
-                    models,
-                    models.policy,
-                    prompts := ["A painting of a cat", "A painting of a bat"],
-                    index,
-                    3,
-                ),
-                [prompts[index]] * 3,
-                8,
-            )["clip"].mean()
-            for index in range(2)
-        ]
-    )
+    scores = torch.stack([models.score(prdp.sample_images(config, models, models.policy,
+                                                          prompts := ["A painting of a cat",
+                                                                      "A painting of a bat"], index,
+                                                          3), [prompts[index]] * 3,
+                                       8)["clip"].mean() for index in range(2)])
     error = scores.std() / math.sqrt(2)
     assert result["base"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert result["base"]["standard_error"] == pytest.approx(error.item(), abs=1e-5)
@@ -1072,9 +903,8 @@ def test_a_pipeline_that_lacks_a_weight_or_has_code_in_it_is_refused(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_half_precision_is_taken_where_there_is_no_float32_and_never_for_a_broken_one(
-    tmp_path, capsys
-):
+def test_half_precision_is_taken_where_there_is_no_float32_and_never_for_a_broken_one(tmp_path,
+                                                                                      capsys):
     shutil.copytree("demo/model", tmp_path / "model")
     whole = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
     half = whole.with_suffix(".fp16.safetensors")
@@ -1089,17 +919,11 @@ def test_half_precision_is_taken_where_there_is_no_float32_and_never_for_a_broke
     assert "half precision" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "part, change, message",
-    [
-        ("unet", {"cross_attention_dim": 32}, "does not fit its text encoder"),
-        ("unet", {"in_channels": 6}, "does not fit its text encoder or its VAE"),
-        ("unet", {"time_cond_proj_dim": 16}, "latent consistency"),
-        ("tokenizer", None, ""),
-        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'"),
-        ("scheduler", {"beta_schedule": None}, "betas"),
-    ],
-)
+@pytest.mark.parametrize("part, change, message",
+                         [("unet", {"time_cond_proj_dim": 16}, "consistency model"),
+                          ("tokenizer", None, ""),
+                          ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'"),
+                          ("scheduler", {"beta_schedule": None}, "betas")])
 def test_a_model_that_cannot_be_trained_is_refused(tmp_path, part, change, message):
     shutil.copytree("demo/model", tmp_path / "model")
     folder = tmp_path / "model" / part
@@ -1137,27 +961,25 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, limits[1]))
     try:
-        with pytest.raises(ValueError, match="checkpoint.pt cannot be written .*File too large"):
+        with pytest.raises(Exception) as error:
             train(tmp_path / "run", "--num_epochs", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in explain(error.value)
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    gc.collect()  # the folder's lock is held as long as the error's frames live
+    del error  # the folder's lock is held as long as its frames live
+    gc.collect()
     train(tmp_path / "run", "--num_epochs", "2")
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
 
 
 def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
     first, second = prdp.Run(str(tmp_path / "run")), prdp.Run(str(tmp_path / "run"))
-    first.claim()
+    first.lock()
     with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
-        second.claim()
-    first.lock.close()
-    second.claim()
-    (tmp_path / "file").write_text("")
-    for folder in ("file", "file/run"):
-        with pytest.raises(ValueError, match=f"--run_dir .*{folder}: not a folder that can"):
-            prdp.Run(str(tmp_path / folder)).claim()
+        second.lock()
+    first.lock_file.close()
+    second.lock()
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -1273,10 +1095,11 @@ def in_float64(rank: int) -> None:
     """So that what is left of a difference is no rounding; every epoch's latents are saved."""
     load_models, make_noise, collect_epoch = prdp.load_models, prdp.make_noise, prdp.collect_epoch
 
-    def load_double(config, device):
+    def load_double(config, device, weights):
         models = load_models(config, device)
         for network in (models.policy.unet, models.reference.unet):
             network.double()
+        models.policy.unet.load_state_dict(weights or {}, strict=False)
         models.pipeline.to(torch.float64)
         negative_embeds = models.encode_prompts([""])
         models.policy.negative_embeds = models.reference.negative_embeds = negative_embeds
@@ -1294,9 +1117,8 @@ def in_float64(rank: int) -> None:
 
 def nan_on_rank_1(rank: int) -> None:
     score = prdp.Models.score
-    prdp.Models.score = lambda *given: {
-        name: term * (math.nan if rank == 1 else 1) for name, term in score(*given).items()
-    }
+    prdp.Models.score = lambda *given: {name: term * (math.nan if rank == 1 else 1)
+                                        for name, term in score(*given).items()}
 
 
 def raise_on_rank_1(rank: int) -> None:
@@ -1326,10 +1148,9 @@ class Launch:
         self.run, self.log = run, run.with_suffix(".log")
         self.log.write_text("")
         flags = demo_flags(run, *flags)
-        self.processes = [
-            forks.Process(target=a_rank, args=(rank, environment, flags, self.log, fault))
-            for rank in range(world)
-        ]
+        self.processes = [forks.Process(target=a_rank,
+                                        args=(rank, environment, flags, self.log, fault))
+                          for rank in range(world)]
         for process in self.processes:
             process.start()
 
@@ -1413,7 +1234,7 @@ def test_a_reward_that_is_nan_on_one_process_ends_all_and_is_told_once(tmp_path)
 def test_what_one_process_raises_ends_all_and_is_told_with_its_rank(tmp_path):
     launch = Launch(tmp_path / "run", 2, "--num_epochs", "2", fault="raise")
     assert 0 not in launch.end(), launch.log.read_text()
-    assert "prdp.py: error on rank 1: 'a mistake'" in launch.log.read_text()
+    assert "prdp.py: error on rank 1: KeyError: 'a mistake'" in launch.log.read_text()
 
 
 def test_ctrl_c_and_sigterm_end_all_processes_at_once_without_a_word(tmp_path):
@@ -1474,13 +1295,9 @@ def test_torchrun_starts_again_what_was_killed(tmp_path):
         "prdp.main()\n"
     )
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=2".split()
-    process = subprocess.run(
-        [sys.executable, *launch, str(script), *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    process = subprocess.run([sys.executable, *launch, str(script), *flags],
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                             text=True, timeout=150)
     assert process.returncode == 0 and "after epoch 1" in process.stdout, process.stderr
     assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run/unet").is_dir()
@@ -1501,10 +1318,8 @@ PROMPTS = ["a cat", "a bat in a hat", "a " + "very " * 90 + "long prompt"]
 def pictures(*sizes: tuple[int, int]) -> list[torch.Tensor]:
     """Smooth pictures (3, H, W) with a bit of noise, in multiples of 1/255."""
     torch.manual_seed(0)
-    smooth = [
-        torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size, mode="bicubic")[0]
-        for size in sizes
-    ]
+    smooth = [torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size, mode="bicubic")[0]
+              for size in sizes]
     noisy = [(image + 0.1 * torch.randn_like(image)).clamp(0, 1) for image in smooth]
     return [(image * 255).round() / 255 for image in noisy]
 
@@ -1526,16 +1341,8 @@ def copy_clip(folder: Path) -> Path:
 def save_aesthetic_head(file: Path, width: int) -> torch.nn.Sequential:
     """The published layers with random weights, which the file gets under their published names."""
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
-    head = torch.nn.Sequential(
-        linear(width, 1024),
-        dropout(0.2),
-        linear(1024, 128),
-        dropout(0.2),
-        linear(128, 64),
-        dropout(0.1),
-        linear(64, 16),
-        linear(16, 1),
-    ).eval()
+    head = torch.nn.Sequential(linear(width, 1024), dropout(0.2), linear(1024, 128), dropout(0.2),
+                               linear(128, 64), dropout(0.1), linear(64, 16), linear(16, 1)).eval()
     torch.save({f"layers.{name}": weight for name, weight in head.state_dict().items()}, file)
     return head
 
@@ -1665,11 +1472,8 @@ def test_rewards_are_float32_under_any_autocast_and_the_same_in_any_batch(reward
 
 def test_a_prompt_is_encoded_once_for_all_of_its_images(reward_folder, monkeypatch):
     encoded, encode_text = [], open_clip.CLIP.encode_text
-    monkeypatch.setattr(
-        open_clip.CLIP,
-        "encode_text",
-        lambda self, text: encoded.append(len(text)) or encode_text(self, text),
-    )
+    monkeypatch.setattr(open_clip.CLIP, "encode_text",
+                        lambda self, text: encoded.append(len(text)) or encode_text(self, text))
     reward = load_reward(f"hpsv2:{reward_folder}/hps.pt", CPU)
     for _ in range(3):
         reward(torch.rand(6, 3, 32, 32), ["a cat", "a bat"] * 3)
@@ -1677,12 +1481,10 @@ def test_a_prompt_is_encoded_once_for_all_of_its_images(reward_folder, monkeypat
 
 
 def test_a_reward_imports_only_what_it_needs():
-    script = (
-        "import sys, torch; from rewards import load_reward\n"
-        "load_reward('jpeg_compressibility', 'cpu')(torch.rand(1, 3, 8, 8), ['']);"
-        "print('open_clip' in sys.modules, 'transformers' in sys.modules)\n"
-        "load_reward('clip:demo/clip', 'cpu'); print('open_clip' in sys.modules)"
-    )
+    script = ("import sys, torch; from rewards import load_reward\n"
+              "load_reward('jpeg_compressibility', 'cpu')(torch.rand(1, 3, 8, 8), ['']);"
+              "print('open_clip' in sys.modules, 'transformers' in sys.modules)\n"
+              "load_reward('clip:demo/clip', 'cpu'); print('open_clip' in sys.modules)")
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert output.stdout.split() == ["False", "False", "False"]
 
@@ -1704,14 +1506,9 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_code_in_them_does_not_r
     torch.save({"state_dict": state | {"score.weight": torch.zeros(1)}}, folder / "more.pt")
     del state["ln_final.bias"]
     torch.save({"state_dict": state}, folder / "less.pt")
-    for name, found in (
-        ("wider", "visual.proj: copying a param with shape torch.Size([64, 33])"),
-        ("more", "score.weight"),
-        ("less", "ln_final.bias"),
-        ("bare", "KeyError"),
-        ("truncated", ""),
-        ("nowhere", "No such file"),
-    ):
+    for name, found in (("wider", "visual.proj: copying a param with shape torch.Size([64, 33])"),
+                        ("more", "score.weight"), ("less", "ln_final.bias"), ("bare", "KeyError"),
+                        ("truncated", ""), ("nowhere", "No such file")):
         assert found in refusal(f"hpsv2:{folder}/{name}.pt")
 
     class Code:
@@ -1749,18 +1546,15 @@ def test_jpeg_rewards_are_the_size_of_the_file(tmp_path):
 
 def test_a_weighted_sum_is_the_sum_of_its_parts_and_a_weight_of_0_only_watches(tmp_path):
     file = tmp_path / "a, b=c.py"  # a path with every character that the spec's rule uses
-    file.write_text(
-        "print('imported')\n"
-        "def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n"
-        "def nan(images, prompts):\n    return [float('nan')] * len(prompts)\n"
-    )
+    file.write_text("print('imported')\n"
+                    "def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n"
+                    "def nan(images, prompts):\n    return [float('nan')] * len(prompts)\n")
     images, prompts = torch.rand(3, 3, 32, 32), ["A painting of a cat"] * 3
     red, nan = f'"{file}:red=3"', f'"{file}:nan=0"'
     whole = load_reward(f"{red}, jpeg_compressibility=0.05,clip:demo/clip,{nan}", CPU)
     parts = {red: 1, "jpeg_compressibility": 0.05, "clip:demo/clip": 1}
-    expected = sum(
-        weight * load_reward(part, CPU)(images, prompts) for part, weight in parts.items()
-    )
+    expected = sum(weight * load_reward(part, CPU)(images, prompts)
+                   for part, weight in parts.items())
     torch.testing.assert_close(whole(images, prompts), expected)
     terms = whole.terms(images, prompts)
     assert list(terms) == list(whole.weights) == ["red", "jpeg_compressibility", "clip", "nan"]
@@ -1781,25 +1575,16 @@ def test_the_multi_reward_gives_table_3s_base_row_from_table_2s():
     torch.testing.assert_close(total, published, rtol=0, atol=0.05 * 0.4)
 
 
-@pytest.mark.parametrize(
-    "spec, message",
-    {
-        "beauty": "unknown reward 'beauty'",
-        "mine.py": "unknown reward 'mine.py'.*FILE.py:FUNCTION",
-        "nowhere.py:f": "there is no file nowhere.py",
-        "rewards.py:nothing": "there is no function 'nothing' in rewards.py",
-        "hpsv2=much": "'much'",
-        "hpsv2=": "could not convert",
-        "hpsv2=nan": "must be finite",
-        "hpsv2=0,clip:a=0": "one of them not 0",
-        "clip:a,clip:b": "'clip' is given twice",
-        "clip": "'clip' lacks",
-        "pickscore:": "'pickscore:' lacks",
-        "hpsv2,,clip:a": "empty item",
-        "": "empty item",
-        '"hpsv2': "quotes",
-    }.items(),
-)
+@pytest.mark.parametrize("spec, message",
+                         {"beauty": "unknown reward 'beauty'",
+                          "mine.py": "unknown reward 'mine.py'.*FILE.py:FUNCTION",
+                          "nowhere.py:f": "there is no file nowhere.py",
+                          "rewards.py:nothing": "there is no function 'nothing' in rewards.py",
+                          "hpsv2=much": "'much'", "hpsv2=": "could not convert",
+                          "hpsv2=nan": "must be finite", "hpsv2=0,clip:a=0": "one of them not 0",
+                          "clip:a,clip:b": "'clip' is given twice", "clip": "'clip' lacks",
+                          "pickscore:": "'pickscore:' lacks", "hpsv2,,clip:a": "empty item",
+                          "": "empty item", '"hpsv2': "quotes"}.items())
 def test_a_spec_that_is_not_clear_is_refused_in_a_sentence(spec, message):
     with pytest.raises(ValueError, match=f"^--reward {re.escape(spec)}: .*{message}") as error:
         load_reward(spec, CPU)
@@ -1830,12 +1615,8 @@ def polite(images, prompts):
 """)
 
     def state():
-        return (
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            os.getcwd(),
-        )
+        return (torch.get_default_dtype(), torch.is_grad_enabled(),
+                torch.is_autocast_enabled("cpu"), os.getcwd())
 
     before, given, images = state(), ["a", "b"], torch.ones(2, 3, 8, 8)
     reward = load_reward(f"{tmp_path}/rude.py:rude=0,{tmp_path}/rude.py:polite", CPU)
@@ -1909,17 +1690,14 @@ def test_a_reward_function_that_fails_is_named_and_its_traceback_kept(tmp_path, 
 # ----------------------------------------------------------------------------------------- the hub
 
 
-@pytest.mark.parametrize(
-    "status, code, reason",
-    [
-        (401, "", "401: it is private or gated.*`hf auth login` or set HF_TOKEN"),
-        (403, "GatedRepo", "403: it is private or gated.*`hf auth login` or set HF_TOKEN"),
-        (404, "RepoNotFound", "404: there is no such repository"),
-        (429, "", "429; try again later"),
-        (503, "", "503; try again later"),
-        (None, "", "no connection to the hub; without a network .*HF_HUB_OFFLINE=1"),
-    ],
-)
+@pytest.mark.parametrize("status, code, reason",
+                         [(401, "", "401: it is private or gated.*`hf auth login` or set HF_TOKEN"),
+                          (403, "GatedRepo",
+                           "403: it is private or gated.*`hf auth login` or set HF_TOKEN"),
+                          (404, "RepoNotFound", "404: there is no such repository"),
+                          (429, "", "429; try again later"), (503, "", "503; try again later"),
+                          (None, "",
+                           "no connection to the hub; without a network .*HF_HUB_OFFLINE=1")])
 def test_the_hubs_answer_is_told_and_what_helps(hub, status, code, reason):
     def answer(request):
         if status is None:
@@ -1933,16 +1711,15 @@ def test_the_hubs_answer_is_told_and_what_helps(hub, status, code, reason):
             load_reward(spec, CPU)
         assert ("without a network" in str(error.value)) is (status is None)
     with pytest.raises(ValueError, match=rf"--prompts hpdv2 .*{reason}.*python -m prompts.sets"):
-        read_prompts("hpdv2", "{}")
+        read_prompts("hpdv2")
 
 
 def test_a_repository_without_safetensors_is_downloaded_once_and_without_a_warning(
     hub, tmp_path, monkeypatch, caplog
 ):
     folder = copy_clip(tmp_path / "clip")
-    torch.save(
-        safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
-    )
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"),
+               folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
     def answer(request):
@@ -1953,10 +1730,8 @@ def test_a_repository_without_safetensors_is_downloaded_once_and_without_a_warni
         return httpx.Response(200, headers=headers, content=file.read_bytes(), request=request)
 
     hub.answer, converted = answer, []
-    monkeypatch.setattr(
-        "transformers.modeling_utils.auto_conversion",
-        lambda *_, **__: converted.append("posted, and downloaded again"),
-    )
+    monkeypatch.setattr("transformers.modeling_utils.auto_conversion",
+                        lambda *_, **__: converted.append("posted, and downloaded again"))
     for logger in ("transformers", "huggingface_hub"):
         monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
     with caplog.at_level(logging.WARNING):
@@ -1966,139 +1741,6 @@ def test_a_repository_without_safetensors_is_downloaded_once_and_without_a_warni
     weights = "/yuvalkirstain/PickScore_v1/resolve/main/pytorch_model.bin"
     assert hub.requests.count(("GET", weights)) == 1
     assert not converted and not caplog.records
-
-
-def test_an_error_is_explained_by_its_cause_in_one_line_of_300_characters():
-    def raised(outer, cause):
-        try:
-            try:
-                raise cause
-            except Exception as error:
-                raise outer from error
-        except Exception as error:
-            return error
-
-    full = OSError(errno.ENOSPC, "No space left on device", "/cache/weights")
-    assert "No space left on device: '/cache/weights'" in explain(raised(OSError("missing"), full))
-    assert explain(raised(ValueError("mine"), FileNotFoundError(2, "x"))) == "ValueError: mine"
-    long = explain(ValueError("a line\n" * 1000))
-    assert long.startswith("ValueError: a line a line") and len(long) == 300
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set.*HF_HOME"):
-        load_reward("pickscore", CPU)
-
-
-# ----------------------------------------------------------------------------------------- prompts
-
-
-def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_path):
-    file = tmp_path / "list.txt"
-    file.write_text("\ufeffcat\n\n  dog  \ncat\n   \nbat\n" + "x" * 10_001, "utf-8")
-    read, said = read_prompts(str(file), "a {}!")
-    assert read == ["a cat!", "a dog!", "a bat!"]
-    assert said == (
-        f"{file}: 3 prompts; left out 2 blank and 1 repeated lines, "
-        "and 1 of more than 10,000 characters"
-    )
-    assert len(read_prompts("prompts/animals.txt", "{}")[0]) == 45
-
-
-TABLES = {
-    "a.csv": 'id,Prompt,text\n1," a ""red"" cat,\nold ",x\n2,dog,\n3,,\n4,dog,\n',
-    "a.tsv": 'Caption\tid\na "red" cat, old\t1\ndog\t2\n',
-    "a.json": '[{"text": "a \\"red\\" cat,\\nold", "id": 1}, {"text": "dog"}, {"text": null}]',
-    "b.json": '["a \\"red\\" cat, old", "dog"]',
-    "a.jsonl": '{"PROMPT": "a \\"red\\" cat, old"}\n{"PROMPT": "dog"}\n',
-}
-NO_PROMPTS = {
-    "missing.txt": (None, "there is no|No such file"),
-    "empty.txt": ("\n \n", "there is no prompt in it; write one a line"),
-    "nul.txt": ("a\0b", "NUL"),
-    "a.csv": ("id,title\n1,cat\n", "none of its columns is prompt, caption, text, but id, title"),
-    "b.csv": ("prompt\n", "there is no prompt in it"),
-    "a.jsonl": ('{"prompt": {"x": 1}}\n', "not text"),
-    "a.json": ('{"prompt": "a"}', "not a list"),
-    "b.json": ("[1, 2", "JSONDecodeError"),
-    "a.parquet": ("no table", "cannot be read"),
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_tables_prompts_are_the_column_of_that_name(tmp_path, name):
-    (tmp_path / name).write_text(TABLES[name])
-    assert read_prompts(str(tmp_path / name), "{}")[0] == ['a "red" cat, old', "dog"]
-
-
-@pytest.mark.parametrize("name", NO_PROMPTS)
-def test_a_file_without_prompts_is_refused_in_a_sentence(tmp_path, name):
-    content, message = NO_PROMPTS[name]
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"^--prompts .*{name}.*{message}") as error:
-        read_prompts(str(tmp_path / name), "{}")
-    assert "\n" not in str(error.value)
-    assert ("one of the sets hpdv2" in str(error.value)) is (content is None)
-
-
-@settings(deadline=None, max_examples=500, database=None)
-@given(st.binary(max_size=60) | st.text("ab \n\r\t\0\u2028\ufeff", max_size=40).map(str.encode))
-def test_a_prompt_file_of_any_bytes_is_read_or_refused_in_a_sentence(tmp_path_factory, content):
-    file = tmp_path_factory.getbasetemp() / "any.txt"
-    file.write_bytes(content)
-    try:
-        read, _ = read_prompts(str(file), "{}")
-    except ValueError as error:
-        assert str(error).startswith("--prompts ") and "\n" not in str(error)
-        return
-    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    assert read == list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
-
-
-def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypatch):
-    """Files in the formats of the datasets, in place of those."""
-    hub = tmp_path / "hub"
-    for folder in ("benchmark", "data"):
-        (hub / folder).mkdir(parents=True)
-    train = [{"prompt": f"p{i // 2}", "image_path": ["a.jpg"]} for i in range(1200)]
-    train[0] = {"prompt": "  two\n lines "}
-    (hub / "train.json").write_text(json.dumps(train))
-    (hub / "benchmark/paintings.json").write_text(json.dumps(["ä", "", "b", "ä"]))
-    (hub / "PartiPrompts.tsv").write_text('Prompt\tCategory\n"A" sign\tArts\na "b"\t\n')
-    for part, captions in enumerate((["x", "y"], ["y", "z"])):
-        table = pyarrow.table({"jpg": [b"", b""], "caption": captions})
-        pyarrow.parquet.write_table(table, hub / f"data/train-0000{part}-of-00002-f00.parquet")
-    asked = []
-    monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        prompts.sets,
-        "snapshot_download",
-        lambda dataset, **options: asked.append((dataset, options)) or str(hub),
-    )
-    monkeypatch.setitem(prompts.sets.MADE, "made", lambda: ["c", "d", "c"])
-    monkeypatch.setattr(prompts.sets, "NAMES", [*NAMES, "made"])
-
-    hpdv2 = read_prompts("hpdv2", "{}")[0]
-    assert hpdv2 == ["two lines", *(f"p{i}" for i in range(600))]
-    assert read_prompts("hpdv2-painting", "{}")[0] == ["ä", "b"]
-    assert read_prompts("partiprompts", "{}")[0] == ['"A" sign', 'a "b"']
-    assert read_prompts("pickapic", "{}")[0] == ["x", "y", "z"]
-    options = dict(repo_type="dataset", allow_patterns="train.json")
-    assert len(asked) == 4 and asked[0] == ("ymhao/HPDv2", options)
-    assert read_prompts("hpdv2-500", "{}")[0] == random.Random(0).sample(hpdv2, 500)
-    assert read_prompts("made", "{}")[0] == ["c", "d"]
-    assert len(asked) == 4  # kept
-
-    monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-painting", str(tmp_path / "copy.txt")])
-    prompts.sets.main()
-    assert read_prompts(str(tmp_path / "copy.txt"), "{}")[0] == ["ä", "b"]
-    with pytest.raises(ValueError, match="hpdv2-animation .*no benchmark/anime.json"):
-        read_prompts("hpdv2-animation", "{}")
-
-
-def test_commas_separate_a_flags_items_and_quotes_keep_them():
-    assert split_list(' a, "b, c=2" ,"d""e"'.replace('" ,', '",')) == ["a", "b, c=2", 'd"e']
-    for text in ("", " ", ",", "a,", 'a,"b', '"a"b'):
-        with pytest.raises(ValueError):
-            split_list(text)
 
 
 # ----------------------------------------------------------------------- flags, mistakes, documents
@@ -2115,7 +1757,7 @@ MISTAKES = {
     "no network for prompts": (["--prompts", "hpdv2-photo"], "hpdv2-photo .*HF_HUB_OFFLINE"),
     "no network for HPSv2": (["--reward", "hpsv2"], "--reward hpsv2.*HF_HUB_OFFLINE"),
     "no network for the model": (["--model", "a/b"], "--model a/b.*HF_HUB_OFFLINE"),
-    "a single file": (["--model", "README.md"], "single file or a run; see 'Models'"),
+    "a single file": (["--model", "README.md"], "README.md cannot be used .*; see 'Models'"),
     "negative rank": (["--lora_rank", "-1"], "--lora_rank -1"),
     "too many steps": (["--num_steps", "1000"], "--num_steps 1000: must be less than 1000"),
     "one step": (["--num_steps", "1"], "--num_steps 1: must be at least 2"),
@@ -2124,11 +1766,10 @@ MISTAKES = {
     "no epochs": (["--num_epochs", "0"], "--num_epochs 0"),
     "negative clip": (["--clip_range", "-1"], "--clip_range -1"),
     "offline ddpo": (["--offline", "--objective", "ddpo"], "--offline: ddpo is a policy gradient"),
-    "not a run": (["--evaluate", "nowhere"], "nowhere is not the folder of a run: its config.json"),
+    "not a run": (["--evaluate", "nowhere"], "--evaluate nowhere: not the folder of a run"),
     "a run without a name": (["--evaluate", ""], "not the folder of a run"),
     "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
     "unknown flag": (["--learning", "1"], "--learning"),
-    "no place for the prompt": (["--prompt_template", "A dog"], "--prompt_template 'A dog': "),
     "reward NaN": (["--reward", "BAD:nan"], r"epoch 1: --reward .*:nan is .*nan.* for 'A painting"),
 }
 
@@ -2153,18 +1794,6 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, mistake):
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
-def test_a_config_json_of_anything_is_read_or_refused_in_a_sentence(tmp_path):
-    file = tmp_path / "config.json"
-    file.write_text('{"seed": 7, "clip_range": "Infinity"}')
-    config = prdp.parse_config(["--evaluate", str(tmp_path), "--lora_rank", "0"])
-    assert (config.seed, config.clip_range, config.model) == (7, math.inf, Config().model)
-    for content in ("", "[1]", "nonsense", '{"sed": 7}', '{"num_steps": null}', "\xff"):
-        file.write_text(content, "latin-1")
-        with pytest.raises(ValueError, match="is not the folder of a run: its config.json") as e:
-            prdp.parse_config(["--evaluate", str(tmp_path)])
-        assert "\n" not in str(e.value)
-
-
 def test_files_are_json_proper(tmp_path):
     train(tmp_path / "run", "--num_epochs", "1", "--clip_range", "inf")
 
@@ -2173,7 +1802,7 @@ def test_files_are_json_proper(tmp_path):
 
     content = (tmp_path / "run/config.json").read_text()
     assert json.loads(content, parse_constant=refuse)["clip_range"] == "Infinity"
-    assert prdp.read_config(tmp_path / "run")["clip_range"] == math.inf
+    assert prdp.parse_config(["--evaluate", str(tmp_path / "run")]).clip_range == math.inf
 
 
 def test_final_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
@@ -2186,28 +1815,13 @@ def test_final_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
     assert modes == {0o644}
 
 
-def test_finished_weights_are_not_deleted_where_there_is_no_checkpoint(tmp_path):
-    train(tmp_path / "run", "--num_epochs", "1")
-    (tmp_path / "run/checkpoint.pt").unlink()
-    with pytest.raises(ValueError, match="run has finished weights but no checkpoint"):
-        train(tmp_path / "run", "--num_epochs", "1")
-    assert (tmp_path / "run/unet").is_dir()
-
-
 def test_a_run_made_with_other_flags_is_refused_and_kept(tmp_path):
     train(tmp_path / "run", "--num_epochs", "1")
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="--learning_rate .* and not 1.0"):
         train(tmp_path / "run", "--num_epochs", "1", "--learning_rate", "1")
-    assert before == {
-        file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
-    }
-
-
-def test_without_peft_lora_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delattr("peft.LoraConfig")
-    with pytest.raises(ValueError, match="--lora_rank needs the package peft: pip install peft"):
-        train(tmp_path / "run", "--lora_rank", "2")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*")
+                      if file.is_file()}
 
 
 def test_out_of_memory_names_the_flags_that_need_less(monkeypatch):
@@ -2255,13 +1869,14 @@ def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
     assert reports["skip"][0]["relative difference of gradients"] < 1e-4
 
 
-def test_the_readmes_commands_parse_and_its_paths_exist(monkeypatch):
-    monkeypatch.setattr(prdp, "read_config", lambda run: vars(Config()))
+def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
+    prdp.Run(str(tmp_path)).write_json("config.json", vars(Config()))
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^    .*prdp\.py.*$", readme, re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command.split("&&")[-1], comments=True)
+        words = [str(tmp_path) if word.startswith("runs/") else word for word in words]
         config = prdp.parse_config(words[words.index("prdp.py") + 1 :])
         assert not config.prompts.endswith(".txt") or (ROOT / config.prompts).exists(), command
     for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", readme):

@@ -88,7 +88,7 @@ class Ours:
             "--micro_batch_size", str(micro_batch_size), *flags])
         self.models = prdp.load_models(self.config, CPU)
         self.models.reward = BRIGHTNESS
-        (self.prompts,) = prdp.load_prompts(self.config).values()
+        (self.prompts,) = prdp.load_prompts(self.config.prompts, print).values()
         weights = prdp.trained_weights(self.models.policy.unet).values()
         self.optimizer = torch.optim.AdamW(weights, self.config.learning_rate)
         self.epoch = 0
@@ -365,6 +365,7 @@ def gpu() -> None:
 def random_policy(variant: str, device: torch.device) -> prdp.Policy:
     """A policy of Stable Diffusion v1.4's shape, of five steps, with random weights."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
 
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               steps_offset=1)
@@ -376,7 +377,7 @@ def random_policy(variant: str, device: torch.device) -> prdp.Policy:
         unet.to(memory_format=torch.channels_last)
     if variant == "lora":
         unet.requires_grad_(False)
-        prdp.add_lora(unet, prdp.Config(lora_rank=16))
+        unet.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if variant == "gradient_checkpointing":
         unet.enable_gradient_checkpointing()
     if variant == "compile":

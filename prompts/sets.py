@@ -17,6 +17,7 @@ import json
 import os
 import random
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +40,31 @@ NAMES = [*SETS, *SAMPLES, *MADE]
 COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
 
 
-def read_prompts(source: str, template: str) -> tuple[list[str], str]:
-    """The distinct prompts of a file or a named set in their order, each put into the template,
-    and a sentence on what was read and left out. Raises ValueError naming --prompts."""
+def load_prompts(sources: str, say: Callable[[str], None]) -> dict[str, list[str]]:
+    """The prompts of each set of a list, by its name, or of each file, by its name's stem.
+
+    It tells `say` what was read and left out. Raises ValueError naming --prompts.
+    """
+    prompt_sets = {}
+    for source in split_list(sources, "--prompts"):
+        prompts, remark = read_prompts(source)
+        prompt_sets.setdefault(Path(source).stem, []).extend(prompts)
+        say(remark)
+    return prompt_sets
+
+
+def report_cut(prompts: list[str], tokenizer: Callable, say: Callable[[str], None]) -> None:
+    """Tell `say` how many of the prompts the tokenizer's text encoder will not read to the end."""
+    sample, limit = prompts[:1000], tokenizer.model_max_length
+    cut = [prompt for prompt in sample if len(tokenizer(prompt).input_ids) > limit]
+    if cut:
+        say(f"{len(cut)} of the first {len(sample)} prompts have over {limit} tokens and are cut "
+            f"there, as {textwrap.shorten(cut[0], 80)!r}")
+
+
+def read_prompts(source: str) -> tuple[list[str], str]:
+    """The distinct prompts of a file or a named set in their order, and a sentence on what was
+    read and left out. Raises ValueError naming --prompts."""
     try:
         lines = read_set(source) if source in NAMES else read_file(Path(source))
         if any("\0" in line for line in lines):
@@ -61,7 +84,7 @@ def read_prompts(source: str, template: str) -> tuple[list[str], str]:
             f"{len(filled) - len(distinct)} repeated lines")
     if too_long := len(lines) - blank - len(filled):
         said += f", and {too_long} of more than 10,000 characters"
-    return [template.replace("{}", line) for line in distinct], said
+    return distinct, said
 
 
 def read_file(file: Path) -> list[str]:
@@ -131,17 +154,17 @@ def download(dataset: str, pattern: str) -> list[str]:
     return [prompt for file in files for prompt in read_file(file)]
 
 
-def split_list(text: str) -> list[str]:
+def split_list(text: str, flag: str) -> list[str]:
     """The items of a flag that takes several, by the csv format's rule: commas separate items, and
     an item that has a comma in it stands in double quotes. Raises ValueError for an empty item."""
     try:
         items = next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error as error:
-        raise ValueError(f"the quotes in {text!r} are not clear ({error})") from None
+        raise ValueError(f"{flag} {text}: its quotes are not clear ({error})") from None
     items = [item.strip() for item in items]
     if not items or "" in items:
-        raise ValueError(f"{text!r} has an empty item; commas separate items, and an item that "
-                         'has a comma in it stands in "double quotes"')
+        raise ValueError(f"{flag} {text}: it has an empty item; commas separate items, and an item "
+                         'that has a comma in it stands in "double quotes"')
     return items
 
 
