@@ -102,7 +102,7 @@ class Config:
     Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
 
-    preset: Literal["small", "large", "multi", "demo"] = HfArg(
+    preset: Literal["small", "large", "multi", "demo", "demo-large"] = HfArg(
         default="small", help="where defaults come from")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
     prompts: str = HfArg(default="prompts/animals.txt", help="file or named set, see "
@@ -864,12 +864,12 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def sample_images(config: Config, models: Models, policy: Policy, prompts: list[str], index: int,
-                  count: int) -> Tensor:
-    """x_0 (count, C, H, W) of prompts[index], from noise that is the same for any policy."""
-    keys = [f"{config.seed}/evaluate/{index}/{image}" for image in range(count)]
+def sample_images(config: Config, models: Models, policy: Policy, prompts: list[str],
+                  indices: list[int], count: int) -> Tensor:
+    """x_0 of `count` images of each prompts[index], from noise that is the same for any policy."""
+    keys = [f"{config.seed}/evaluate/{index}/{j}" for index in indices for j in range(count)]
     noise = torch.stack([make_noise(key, config.num_steps, models.latent_shape) for key in keys])
-    embeds = models.encode_prompts([prompts[index]]).expand(count, -1, -1)
+    embeds = models.encode_prompts([prompts[i] for i in indices]).repeat_interleave(count, 0)
     return sample_trajectories(policy, embeds, noise, config.micro_batch_size)[0][:, -1]
 
 
@@ -877,20 +877,36 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
               run: Run, name: str) -> None:
     """A picture: up to eight prompts, spread over the list, by three images of each policy."""
     columns, labels = min(8, len(prompts)), [label for label in policies for _ in range(3)]
+    indices = [column * len(prompts) // columns for column in range(columns)]
     figure = Figure(figsize=(1.3 * columns, 1.4 * len(labels)), layout="constrained")
     cells = figure.subplots(len(labels), columns, squeeze=False)
-    for column in range(columns):
-        index = column * len(prompts) // columns
+    images = [models.decode(sample_images(config, models, policy, prompts, indices, 3))
+              for policy in policies.values()]  # of each policy (columns * 3, 3, H, W)
+    for column, index in enumerate(indices):
         title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
         cells[0, column].set_title(title, fontsize=8, parse_math=False)
-        images = torch.cat([models.decode(sample_images(config, models, policy, prompts, index, 3))
-                            for policy in policies.values()]).permute(0, 2, 3, 1).cpu().numpy()
-        for cell, image, label in zip(cells[:, column], images, labels, strict=True):
-            cell.imshow(image, interpolation="nearest")
+        rows = torch.cat([of_policy[3 * column : 3 * column + 3] for of_policy in images]).cpu()
+        for cell, image, label in zip(cells[:, column], rows, labels, strict=True):
+            cell.imshow(image.permute(1, 2, 0), interpolation="nearest")
             cell.set(xticks=[], yticks=[], ylabel="" if column else label)
     (run.folder / name).parent.mkdir(exist_ok=True)
     with warnings.catch_warnings(action="ignore"):  # of letters that matplotlib's font has not
         figure.savefig(run.folder / name, dpi=100)
+
+
+def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:
+    """Each of R rewards' mean over the images of each prompt: (prompts, R) float64."""
+    count, mine = config.samples_per_prompt, my_share(len(prompts))
+    rows = math.ceil(config.micro_batch_size / count)  # prompts that fill a micro-batch
+    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 1)
+    for start in range(0, len(mine), rows):
+        indices = mine[start : start + rows]
+        latents = sample_images(config, models, policy, prompts, indices, count)
+        of_images = [prompts[index] for index in indices for _ in range(count)]
+        terms = models.score(latents, of_images, config.micro_batch_size)
+        of_all = torch.stack([*terms.values(), models.reward.total(terms)], 1)  # (images, R)
+        scores[start : start + rows] = of_all.unflatten(0, (-1, count)).mean(1)
+    return gather(scores.to(policy.negative_embeds.device))[: len(prompts)].double()
 
 
 def evaluate(config: Config, device: torch.device) -> None:
@@ -903,50 +919,45 @@ def evaluate(config: Config, device: torch.device) -> None:
     models = load_models(config, device, state["weights"])
     policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
     run.folder.mkdir(parents=True, exist_ok=True)
-    count, names = config.samples_per_prompt, [*models.reward.weights, "weighted sum"]
+    names = [*models.reward.weights, "weighted sum"]  # R of them
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
         file = f"evaluation-{prompt_set}.json"
         (run.folder / file).open("a").close()  # fails now, not hours later
-        scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(policies), len(names))
-        for row, index in enumerate(my_share(len(prompts))):
-            for i, policy in enumerate(policies.values()):
-                latents = sample_images(config, models, policy, prompts, index, count)
-                terms = models.score(latents, [prompts[index]] * count, config.micro_batch_size)
-                terms["weighted sum"] = models.reward.total(terms)
-                scores[row, i] = torch.stack([terms[name].mean() for name in names])
-        scores = gather(scores.to(device))[: len(prompts)].double()  # (prompts, policies, R)
-        columns = dict(zip(policies, scores.unbind(1), strict=True))  # each (prompts, R)
+        columns = {column: score_prompts(config, models, policy, prompts)
+                   for column, policy in policies.items()}  # each (prompts, R)
         if not is_base:
             columns["difference"] = columns["finetuned"] - columns["base"]
-        better = (scores[:, -1] > scores[:, 0]).double().mean(0)  # (R,), the share of prompts
+            columns["better"] = (columns["difference"] > 0).double()  # whose mean is a share
         results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error":
                                    values[:, i].std().item() / len(prompts) ** 0.5}
-                          for column, values in columns.items()}
-                   | {"prompts_improved": better[i].item()} for i, name in enumerate(names)}
+                          for column, values in columns.items()} for i, name in enumerate(names)}
         if rank() == 0:
             content = {"config": asdict(config), "prompts": prompt_set, "results": results}
             run.write_json(file, content, indent=2)
             save_grid(config, models, policies, prompts, run, file.replace(".json", ".png"))
-        say(f"{prompt_set}: {len(prompts)} prompts x {count} samples; mean ± standard error over "
-            f"prompts; {run.folder / file} and .png")
+        say(f"{prompt_set}: {len(prompts)} prompts x {config.samples_per_prompt} samples; mean ± "
+            f"standard error over prompts; {run.folder / file} and .png")
         for name, result in results.items():
-            cells = [f"{column} {result[column]['mean']:.4f} ± "
-                     f"{result[column]['standard_error']:.4f}" for column in columns]
-            say(f"{name:<20}{'   '.join(cells)}   better {result['prompts_improved']:.0%}")
+            cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
+                     for column, value in result.items()]
+            say(f"{name:<20}{'   '.join(cells)}")
 
 
 MULTI = dict(
     prompts="pickapic", reward="pickscore=10,hpsv2=2,aesthetic=0.05", num_epochs=1000,
     updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
+DEMO = dict(  # its judge is only logged
+    model="demo/model", reward="clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0",
+    num_epochs=16, updates_per_epoch=1, prompts_per_epoch=44, images_per_prompt=6, num_steps=10,
+    kl_weight=1.0, clip_range=1e-4, guidance_scale=1.5, learning_rate=1e-4, micro_batch_size=64,
+    save_every=1)
 PRESETS = {
     "small": {},
     "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
-    "demo": dict(
-        model="demo/model", reward="clip:demo/clip", num_epochs=16, updates_per_epoch=1,
-        prompts_per_epoch=44, images_per_prompt=6, num_steps=10, kl_weight=1.0, clip_range=1e-4,
-        guidance_scale=3.0, learning_rate=2e-4, micro_batch_size=64, save_every=1),
+    "demo": DEMO,
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=80),
 }
 # An objective's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.

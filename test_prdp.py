@@ -1,4 +1,18 @@
-"""PRDP against closed forms, plain loops, torch.distributions, diffusers and plain autograd."""
+"""What is claimed, and what it is compared with.
+
+    zero at the optimum     a discrete chain and a Gaussian one, whose optima are closed forms
+    §2 the policy           diffusers' DDIM with eta 1, torch.distributions.Normal
+    §3 the objective        plain loops over pairs and prompts, DDPO's rule, RLOO's gradient
+    §4 the online loop      plain autograd, a run that was never stopped, diffusers' own pipeline
+    §5 models               weights that are missing, misshapen or halved, files with code in them
+    §7 processes            one process against several, in float64; two machines (slow)
+    §8 runs on disk         SIGKILL at any moment, a full disk, damaged files, numbers not finite
+    rewards.py              the package hpsv2, the code of PickScore's authors, the published head
+    the hub                 what it answers, and what is told of that
+    §9 flags and documents  one sentence for a mistake; the README's commands and paths
+
+demo/ and prompts/ have tests of their own. `pytest -m slow` adds full sizes and 60 killed runs.
+"""
 
 import collections
 import copy
@@ -52,8 +66,8 @@ ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 SD_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                    clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-DEMO = ["--preset", "demo", "--prompts_per_epoch", "2", "--images_per_prompt", "4", "--num_steps",
-        "4", "--micro_batch_size", "5"]
+DEMO = "--preset demo --prompts_per_epoch 2 --images_per_prompt 4 --num_steps 4".split()
+DEMO += "--micro_batch_size 5 --reward clip:demo/clip --learning_rate 2e-4".split()
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +92,7 @@ def ddim(num_steps: int, **options) -> DDIMScheduler:
     return scheduler
 
 
-# ---------------------------------------------------------------------------- zero at the optimum
+# ------------------------------------------------------------------------------ zero at the optimum
 
 
 def test_loss_is_zero_at_the_optimum_of_a_discrete_chain_and_positive_elsewhere():
@@ -202,7 +216,55 @@ def test_the_online_loop_trains_a_policy_to_the_closed_form_optimum(clip_range, 
     assert (toy.policy.unet.bias - toy.optimal_bias).norm() < 0.01 * start
 
 
-# ------------------------------------------------------------------------------------ the objective
+# ------------------------------------------------------------------------------------ §2 the policy
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [50, 30])
+def test_every_step_equals_diffusers_ddim_with_eta_1(prediction_type, num_steps):
+    torch.manual_seed(0)
+    scheduler = ddim(num_steps, prediction_type=prediction_type)
+    latents, prediction, noise = torch.randn(3, num_steps, 4, 8, 8, dtype=torch.float64)
+    mean, std = prdp.ddim_mean_std(
+        scheduler, prediction, latents, scheduler.timesteps
+    )  # mixed steps
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(prediction[i], t, latents[i], eta=1.0,
+                                  variance_noise=noise[i]).prev_sample
+        torch.testing.assert_close((mean + std * noise)[i], expected, rtol=1e-6, atol=1e-6)
+    assert std.shape == (num_steps, 1, 1, 1) and std.min() > 0.02
+
+
+def test_log_prob_equals_torch_distributions_and_resolves_1e_7_nats():
+    torch.manual_seed(0)
+    x, mean = torch.randn(2, 5, 4, 8, 8)
+    std = torch.rand(5, 1, 1, 1) + 0.02
+    expected = (torch.distributions.Normal(mean.double(),
+                                           std.double()).log_prob(x.double()).mean((1, 2, 3)))
+    log_prob = prdp.gaussian_log_prob(x, mean, std)
+    assert log_prob.dtype == torch.float64
+    torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
+
+    gradient = (-(x - mean).double() / std.double() ** 2 / x[0].numel())[0]
+    step = 1e-7 / gradient.square().sum() * gradient  # to first order it adds 1e-7 nats
+    moved = prdp.gaussian_log_prob(x[:1].double() + step, mean[:1], std[:1])
+    assert (moved - log_prob[:1]).item() == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_guidance_is_linear_between_the_two_predictions(demo_models):
+    unet, negative = demo_models.reference.unet, demo_models.reference.negative_embeds
+    latents, t = torch.randn(3, *demo_models.latent_shape), torch.tensor([1, 500, 999])
+    embeds = demo_models.encode_prompts(["A painting of a cat", "A painting of a bat", "a"])
+    with torch.no_grad():
+        unconditional = unet(latents, t, negative.expand(3, -1, -1)).sample
+        conditional = unet(latents, t, embeds).sample
+        for scale in (0, 1, 5):
+            guided = prdp.predict_noise(unet, latents, t, embeds, negative, scale)
+            expected = unconditional + max(scale, 1) * (conditional - unconditional)
+            torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------- §3 the objective
 
 
 def plain_loop_loss(log_probs, old, ref, rewards, clip_range, kl_weight):
@@ -438,55 +500,7 @@ def test_the_clip_fraction_counts_what_the_objectives_loss_clips(demo_models, mo
     assert updates["clip_fraction"] == {"prdp": 0, "ddpo": 0.5}[objective]  # of updates 1 and 2
 
 
-# ------------------------------------------------------------------------------- the policy's step
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("num_steps", [50, 30])
-def test_every_step_equals_diffusers_ddim_with_eta_1(prediction_type, num_steps):
-    torch.manual_seed(0)
-    scheduler = ddim(num_steps, prediction_type=prediction_type)
-    latents, prediction, noise = torch.randn(3, num_steps, 4, 8, 8, dtype=torch.float64)
-    mean, std = prdp.ddim_mean_std(
-        scheduler, prediction, latents, scheduler.timesteps
-    )  # mixed steps
-    for i, t in enumerate(scheduler.timesteps):
-        expected = scheduler.step(prediction[i], t, latents[i], eta=1.0,
-                                  variance_noise=noise[i]).prev_sample
-        torch.testing.assert_close((mean + std * noise)[i], expected, rtol=1e-6, atol=1e-6)
-    assert std.shape == (num_steps, 1, 1, 1) and std.min() > 0.02
-
-
-def test_log_prob_equals_torch_distributions_and_resolves_1e_7_nats():
-    torch.manual_seed(0)
-    x, mean = torch.randn(2, 5, 4, 8, 8)
-    std = torch.rand(5, 1, 1, 1) + 0.02
-    expected = (torch.distributions.Normal(mean.double(),
-                                           std.double()).log_prob(x.double()).mean((1, 2, 3)))
-    log_prob = prdp.gaussian_log_prob(x, mean, std)
-    assert log_prob.dtype == torch.float64
-    torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
-
-    gradient = (-(x - mean).double() / std.double() ** 2 / x[0].numel())[0]
-    step = 1e-7 / gradient.square().sum() * gradient  # to first order it adds 1e-7 nats
-    moved = prdp.gaussian_log_prob(x[:1].double() + step, mean[:1], std[:1])
-    assert (moved - log_prob[:1]).item() == pytest.approx(1e-7, rel=1e-3)
-
-
-def test_guidance_is_linear_between_the_two_predictions(demo_models):
-    unet, negative = demo_models.reference.unet, demo_models.reference.negative_embeds
-    latents, t = torch.randn(3, *demo_models.latent_shape), torch.tensor([1, 500, 999])
-    embeds = demo_models.encode_prompts(["A painting of a cat", "A painting of a bat", "a"])
-    with torch.no_grad():
-        unconditional = unet(latents, t, negative.expand(3, -1, -1)).sample
-        conditional = unet(latents, t, embeds).sample
-        for scale in (0, 1, 5):
-            guided = prdp.predict_noise(unet, latents, t, embeds, negative, scale)
-            expected = unconditional + max(scale, 1) * (conditional - unconditional)
-            torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------- the online loop
+# ---------------------------------------------------------------- §4 the online loop, §9 evaluation
 
 
 def gradient(config, policy, trajectories, dtype, micro_batch_size=None) -> torch.Tensor:
@@ -636,12 +650,14 @@ def save_pipeline(folder: Path, unet: dict, text: dict, vae: dict | None = None,
     demo = load_pipeline("demo/model")
     demo.tokenizer.model_max_length = text["max_position_embeddings"]
     torch.manual_seed(0)
-    StableDiffusionPipeline(vae=AutoencoderKL(**vae) if vae else demo.vae,
-                            text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-                            tokenizer=demo.tokenizer, unet=UNet2DConditionModel(**unet),
-                            scheduler=DDIMScheduler(**SD_SCHEDULE, **schedule), safety_checker=None,
-                            feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    vae = AutoencoderKL(**vae) if vae else demo.vae
+    channels = vae.config.latent_channels
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=demo.tokenizer,
+        unet=UNet2DConditionModel(in_channels=channels, out_channels=channels, **unet),
+        scheduler=DDIMScheduler(**SD_SCHEDULE, **schedule), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)
 
 
 def test_a_model_built_like_stable_diffusion_2_trains_and_scores_like_its_sampler(tmp_path):
@@ -795,17 +811,14 @@ def test_the_base_alone_is_the_column_of_a_comparison(tmp_path):
 
 
 def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
-    table = {  # epochs, updates, prompts, images, kl_weight, clip_range, learning_rate
-        "small": (100, 10, 32, 16, 3e-5, 1e-6, 1e-5),
-        "large": (1000, 1, 64, 8, 3e-6, 1e-4, 7e-6),
-        "multi": (1000, 1, 64, 8, 3e-5, 1e-4, 1e-5),
-    }
-    for preset, (*sizes, kl_weight, clip_range, learning_rate) in table.items():
+    names = ("num_epochs", "updates_per_epoch", "prompts_per_epoch", "images_per_prompt",
+             "kl_weight", "clip_range", "learning_rate")
+    table = {"small": (100, 10, 32, 16, 3e-5, 1e-6, 1e-5),
+             "large": (1000, 1, 64, 8, 3e-6, 1e-4, 7e-6),
+             "multi": (1000, 1, 64, 8, 3e-5, 1e-4, 1e-5)}
+    for preset, expected in table.items():
         c = prdp.parse_config(["--preset", preset])
-        assert sizes == [c.num_epochs, c.updates_per_epoch, c.prompts_per_epoch,
-                         c.images_per_prompt]
-        assert (c.kl_weight, c.clip_range, c.learning_rate) == (kl_weight, clip_range,
-                                                                learning_rate)
+        assert tuple(getattr(c, name) for name in names) == expected
         assert (c.num_steps, c.guidance_scale, c.weight_decay, c.max_grad_norm) == (50, 5, 1e-4, 1)
         assert c.model == "CompVis/stable-diffusion-v1-4" and c.objective == "prdp"
         for flags, count in (([], 512), (["--prompts_per_epoch", "8"], 8)):
@@ -813,10 +826,11 @@ def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
             assert (c.prompts_per_epoch, c.images_per_prompt, c.updates_per_epoch) == (count, 1, 4)
             assert (c.clip_range, c.learning_rate, c.tracker_size) == (1e-4, 1e-5, 32)
         c = prdp.parse_config(["--preset", preset, "--objective", "grpo"])
-        assert (c.prompts_per_epoch, c.images_per_prompt, c.clip_range) == (*sizes[2:], 1e-4)
+        assert (c.prompts_per_epoch, c.images_per_prompt, c.clip_range) == (*expected[2:4], 1e-4)
     demo, ddpo = (prdp.parse_config(["--preset", "demo", *flags])
                   for flags in ([], ["--objective", "ddpo"]))
     assert ddpo.prompts_per_epoch == demo.prompts_per_epoch * demo.images_per_prompt
+    assert demo.run_dir == "runs/demo-clip"  # without those that are only watched
     assert prdp.parse_config([]) == Config(run_dir="runs/small-hpsv2")
     assert prdp.parse_config(["--preset", "multi"]).reward == "pickscore=10,hpsv2=2,aesthetic=0.05"
     assert prdp.parse_config(["--preset", "large", "--learning_rate", "1"]).learning_rate == 1
@@ -840,20 +854,19 @@ def test_evaluate_compares_base_and_finetuned_from_the_same_noise(tmp_path, caps
     result = json.loads((tmp_path / "run/evaluation-two.json").read_text())["results"]["clip"]
     assert result["difference"] == {"mean": 0, "standard_error": 0}
     assert result["base"] == result["finetuned"] and result["base"]["standard_error"] > 0
-    assert result["prompts_improved"] == 0
+    assert result["better"]["mean"] == 0
     assert (tmp_path / "run/evaluation-two.png").exists() and "clip" in capsys.readouterr().out
     models = prdp.load_models(config, CPU)
-    scores = torch.stack([models.score(prdp.sample_images(config, models, models.policy,
-                                                          prompts := ["A painting of a cat",
-                                                                      "A painting of a bat"], index,
-                                                          3), [prompts[index]] * 3,
-                                       8)["clip"].mean() for index in range(2)])
+    scores, cat_and_bat = torch.zeros(2), ["A painting of a cat", "A painting of a bat"]
+    for index, prompt in enumerate(cat_and_bat):
+        latents = prdp.sample_images(config, models, models.policy, cat_and_bat, [index], 3)
+        scores[index] = models.score(latents, [prompt] * 3, 8)["clip"].mean()
     error = scores.std() / math.sqrt(2)
     assert result["base"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert result["base"]["standard_error"] == pytest.approx(error.item(), abs=1e-5)
 
 
-# --------------------------------------------------------------------------------- loading models
+# ---------------------------------------------------------------------------------------- §5 models
 
 
 class Trap:
@@ -942,142 +955,7 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path, part, change, messa
     assert "\n" not in str(e.value)
 
 
-# ------------------------------------------------------------------ kills, full disks, bad numbers
-
-
-def ending(run: Path) -> tuple:
-    """What a finished run must have in common with one that was never stopped."""
-    assert not list(run.rglob("*.tmp"))
-    unet = {file.name: file.read_bytes() for file in (run / "unet").iterdir()}
-    names = sorted(str(file.relative_to(run)) for file in run.rglob("*"))
-    return unet, names, without_measurements(read_metrics(run))
-
-
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path):
-    """A limit on the size of files stands for the disk: the real writers meet a failing write."""
-    train(tmp_path / "whole", "--num_epochs", "2")
-    train(tmp_path / "run", "--num_epochs", "1")
-    before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, limits[1]))
-    try:
-        with pytest.raises(Exception) as error:
-            train(tmp_path / "run", "--num_epochs", "2")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in explain(error.value)
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    del error  # the folder's lock is held as long as its frames live
-    gc.collect()
-    train(tmp_path / "run", "--num_epochs", "2")
-    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
-
-
-def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
-    first, second = prdp.Run(str(tmp_path / "run")), prdp.Run(str(tmp_path / "run"))
-    first.lock()
-    with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
-        second.lock()
-    first.lock_file.close()
-    second.lock()
-
-
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Cut short, flip a bit, zero a stretch, put bytes in, or take some out."""
-    content, at = bytearray(content), rng.randrange(len(content))
-    stretch = slice(at, at + rng.choice([1, 4, 100, 5000]))
-    match rng.randrange(5):
-        case 0:
-            del content[at:]
-        case 1:
-            content[at] ^= 1 << rng.randrange(8)
-        case 2:
-            content[stretch] = bytes(len(content[stretch]))
-        case 3:
-            content[at:at] = rng.randbytes(rng.choice([1, 4, 100]))
-        case 4:
-            del content[stretch]
-    return bytes(content)
-
-
-@settings(deadline=None, max_examples=300, database=None)
-@given(st.randoms(use_true_random=False))
-def test_a_damaged_checkpoint_is_refused_or_was_not_harmed(checkpointed, rng):
-    run, whole, expected = checkpointed
-    run.checkpoint.write_bytes(mutate(whole, rng))
-    try:
-        state = run.load(Config())
-    except ValueError as error:
-        assert "is not a whole checkpoint" in str(error) and "\n" not in str(error)
-    else:
-        assert state["metrics"] == expected["metrics"]
-        assert torch.equal(state["weights"]["weight"], expected["weights"]["weight"])
-
-
-@pytest.fixture(scope="module")
-def checkpointed(tmp_path_factory):
-    """A run's folder with a checkpoint, its bytes, and its content."""
-    run = prdp.Run(str(tmp_path_factory.mktemp("run")))
-    state = {"config": vars(Config()), "metrics": [{"epoch": 1}], "history": {}}
-    state |= {"weights": {"weight": torch.randn(40, 40)}, "optimizer": {}}
-    run.save(**state)
-    return run, run.checkpoint.read_bytes(), state
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    run = prdp.Run(str(tmp_path))
-    run.save(config=vars(Config()), trap=Trap(tmp_path / "sprung"))
-    with pytest.raises(ValueError, match="checkpoint.pt is not a whole checkpoint") as error:
-        run.load(Config())
-    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
-
-
-def test_between_checkpoints_a_kill_costs_the_epochs_since_the_last_one(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    flags = ["--num_epochs", "5", "--save_every", "2"]
-    train(tmp_path / "whole", *flags)
-    run_epoch = prdp.run_epoch
-
-    def killed(config, models, optimizer, prompts, epoch, history):
-        if epoch == 3:
-            raise Killed
-        return run_epoch(config, models, optimizer, prompts, epoch, history)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(prdp, "run_epoch", killed)
-        train(tmp_path / "run", *flags)
-    gc.collect()
-    assert len(read_metrics(tmp_path / "run")) == 3
-    train(tmp_path / "run", *flags)
-    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
-
-
-def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(demo_models):
-    config = prdp.parse_config([*DEMO, "--updates_per_epoch", "2"])
-    policy, prompts = demo_models.policy, ["a cat", "a bat"]
-    weights = prdp.trained_weights(policy.unet)
-    optimizer = torch.optim.AdamW(weights.values())
-    trajectories = prdp.collect_epoch(config, demo_models, prompts, 4, {})
-    before = {name: weight.clone() for name, weight in weights.items()}
-
-    ref, latents = trajectories.log_probs_ref.clone(), trajectories.latents.clone()
-    ref[1, 2, 3] = math.nan
-    latents[0, 2] = math.inf
-    for change in ({"log_probs_ref": ref}, {"latents": latents}):
-        with pytest.raises(ValueError, match="update 1: the gradient's norm is nan; nothing of"):
-            prdp.update_policy(config, policy, optimizer, replace(trajectories, **change))
-        optimizer.zero_grad()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
-
-    for part in (demo_models.pipeline.vae.decoder.conv_out, policy.unet.conv_out):
-        part.bias.data[0] = math.nan
-        with pytest.raises(ValueError, match="epoch 5: --reward clip:demo/clip is .*nan.* for 'a "):
-            prdp.collect_epoch(config, demo_models, prompts, 4, {})
-
-
-# ------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------- §7 processes
 
 
 def a_rank(rank: int, environment: dict, flags: list[str], log: Path, fault: str) -> None:
@@ -1303,7 +1181,125 @@ def test_torchrun_starts_again_what_was_killed(tmp_path):
     assert (tmp_path / "run/unet").is_dir()
 
 
-# ------------------------------------------------------------------------------ prompts and rewards
+# ---------------------------------------------------------------------------------- §8 runs on disk
+
+
+def ending(run: Path) -> tuple:
+    """What a finished run must have in common with one that was never stopped."""
+    assert not list(run.rglob("*.tmp"))
+    unet = {file.name: file.read_bytes() for file in (run / "unet").iterdir()}
+    names = sorted(str(file.relative_to(run)) for file in run.rglob("*"))
+    return unet, names, without_measurements(read_metrics(run))
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path):
+    """A limit on the size of files stands for the disk: the real writers meet a failing write."""
+    train(tmp_path / "whole", "--num_epochs", "2")
+    train(tmp_path / "run", "--num_epochs", "1")
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, limits[1]))
+    try:
+        with pytest.raises(Exception) as error:
+            train(tmp_path / "run", "--num_epochs", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in explain(error.value)
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    del error  # the folder's lock is held as long as its frames live
+    gc.collect()
+    train(tmp_path / "run", "--num_epochs", "2")
+    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+def test_a_folder_is_refused_while_another_process_is_at_work_on_it(tmp_path):
+    first, second = prdp.Run(str(tmp_path / "run")), prdp.Run(str(tmp_path / "run"))
+    first.lock()
+    with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
+        second.lock()
+    first.lock_file.close()
+    second.lock()
+
+
+@settings(deadline=None, max_examples=300, database=None)
+@given(st.integers(0, 2**32), st.binary(max_size=4), st.sampled_from([0, 1, 4, 5000, 2**32]))
+def test_a_damaged_checkpoint_is_refused_or_was_not_harmed(checkpointed, at, put_in, taken_out):
+    run, whole, expected = checkpointed
+    at %= len(whole)
+    run.checkpoint.write_bytes(whole[:at] + put_in + whole[at + taken_out :])
+    try:
+        state = run.load(Config())
+    except ValueError as error:
+        assert "is not a whole checkpoint" in str(error) and "\n" not in str(error)
+    else:
+        assert state["metrics"] == expected["metrics"]
+        assert torch.equal(state["weights"]["weight"], expected["weights"]["weight"])
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    """A run's folder with a checkpoint, its bytes, and its content."""
+    run = prdp.Run(str(tmp_path_factory.mktemp("run")))
+    state = {"config": vars(Config()), "metrics": [{"epoch": 1}], "history": {}}
+    state |= {"weights": {"weight": torch.randn(40, 40)}, "optimizer": {}}
+    run.save(**state)
+    return run, run.checkpoint.read_bytes(), state
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    run = prdp.Run(str(tmp_path))
+    run.save(config=vars(Config()), trap=Trap(tmp_path / "sprung"))
+    with pytest.raises(ValueError, match="checkpoint.pt is not a whole checkpoint") as error:
+        run.load(Config())
+    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+
+
+def test_between_checkpoints_a_kill_costs_the_epochs_since_the_last_one(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    flags = ["--num_epochs", "5", "--save_every", "2"]
+    train(tmp_path / "whole", *flags)
+    run_epoch = prdp.run_epoch
+
+    def killed(config, models, optimizer, prompts, epoch, history):
+        if epoch == 3:
+            raise Killed
+        return run_epoch(config, models, optimizer, prompts, epoch, history)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prdp, "run_epoch", killed)
+        train(tmp_path / "run", *flags)
+    gc.collect()
+    assert len(read_metrics(tmp_path / "run")) == 3
+    train(tmp_path / "run", *flags)
+    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(demo_models):
+    config = prdp.parse_config([*DEMO, "--updates_per_epoch", "2"])
+    policy, prompts = demo_models.policy, ["a cat", "a bat"]
+    weights = prdp.trained_weights(policy.unet)
+    optimizer = torch.optim.AdamW(weights.values())
+    trajectories = prdp.collect_epoch(config, demo_models, prompts, 4, {})
+    before = {name: weight.clone() for name, weight in weights.items()}
+
+    ref, latents = trajectories.log_probs_ref.clone(), trajectories.latents.clone()
+    ref[1, 2, 3] = math.nan
+    latents[0, 2] = math.inf
+    for change in ({"log_probs_ref": ref}, {"latents": latents}):
+        with pytest.raises(ValueError, match="update 1: the gradient's norm is nan; nothing of"):
+            prdp.update_policy(config, policy, optimizer, replace(trajectories, **change))
+        optimizer.zero_grad()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+    for part in (demo_models.pipeline.vae.decoder.conv_out, policy.unet.conv_out):
+        part.bias.data[0] = math.nan
+        with pytest.raises(ValueError, match="epoch 5: --reward clip:demo/clip is .*nan.* for 'a "):
+            prdp.collect_epoch(config, demo_models, prompts, 4, {})
+
+
+# --------------------------------------------------------------------------------------- rewards.py
 
 
 httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
@@ -1396,9 +1392,6 @@ def hub(tmp_path, monkeypatch):
     huggingface_hub.close_session()
 
 
-# ---------------------------------------------------------------------------------------- rewards
-
-
 @pytest.mark.parametrize("size", ["tiny", pytest.param("ViT-H-14", marks=slow)])
 def test_hpsv2_is_the_official_packages_score(tmp_path, monkeypatch, official_hpsv2, size):
     if size == "tiny":
@@ -1429,7 +1422,8 @@ def test_hpsv2_is_the_official_packages_score(tmp_path, monkeypatch, official_hp
 def test_clip_and_pickscore_are_the_cosine_that_pickscores_authors_compute(tmp_path, name):
     network = CLIPModel.from_pretrained("demo/clip").eval()
     processor = CLIPProcessor.from_pretrained("demo/clip")
-    options = dict(padding=True, truncation=True, max_length=16, return_tensors="pt")
+    options = dict(padding=True, truncation=True, return_tensors="pt")
+    options["max_length"] = network.config.text_config.max_position_embeddings
     reward = load_reward(f"{name}:{copy_clip(tmp_path / 'clip')}", CPU)
     for image, prompt in zip(pictures((48, 48), (32, 32), (300, 512)), PROMPTS, strict=True):
         with torch.no_grad():
@@ -1687,7 +1681,7 @@ def test_a_reward_function_that_fails_is_named_and_its_traceback_kept(tmp_path, 
             load_reward(f"{file}:broken", CPU)
 
 
-# ----------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 @pytest.mark.parametrize("status, code, reason",
@@ -1743,7 +1737,7 @@ def test_a_repository_without_safetensors_is_downloaded_once_and_without_a_warni
     assert not converted and not caplog.records
 
 
-# ----------------------------------------------------------------------- flags, mistakes, documents
+# --------------------------------------------------------------------------- §9 flags and documents
 
 
 MISTAKES = {

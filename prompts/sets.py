@@ -35,7 +35,9 @@ SETS = {  # name -> dataset of the hub, and its files
     "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),
 }
 SAMPLES = {"hpdv2-500": ("hpdv2", 500)}  # as Table 2's prompts that were seen in training
-MADE: dict[str, Callable[[], list[str]]] = {}  # name -> function that makes them, without a network
+# The small world's, made without a network from its grammar.
+MADE = {"emoji": lambda: small_world(held_out=False),
+        "emoji-unseen": lambda: small_world(held_out=True)}
 NAMES = [*SETS, *SAMPLES, *MADE]
 COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
 
@@ -128,6 +130,13 @@ def find_column(names: list[str]) -> str:
 def read_set(name: str) -> list[str]:
     """The distinct prompts of a named set."""
     return MADE[name]() if name in MADE else read_file(prompt_file(name))
+
+
+def small_world(held_out: bool) -> list[str]:
+    """More than 100,000 sentences of demo/grammar.py, or 500 that no training of it sees."""
+    from demo.grammar import prompts
+
+    return prompts(held_out)
 
 
 def prompt_file(name: str) -> Path:
