@@ -36,8 +36,8 @@ Results, by check_judge, check_sd and check_clip on new pictures and samples:
 
 - the reward prefers the right animal to a wrong one in 85.8% of 1,000 new pictures as the VAE
   restores them, the right size in 100%, colour 99.6%, pattern 100%, background 100%, but the right
-  place in 52.4%: it is blind to left and right. It prefers a clean picture to one that is blurred in
-  92.2%, faded 99.9%, noisy 99.9%, blotched 99.7%, spoilt 98.5%, of spoilt latents 99.0%.
+  place in 52.4%: it is blind to left and right. It prefers a clean picture to one that is blurred
+  in 92.2%, faded 99.9%, noisy 99.9%, blotched 99.7%, spoilt 98.5%, of spoilt latents 99.0%.
 """
 
 import argparse
