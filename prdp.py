@@ -887,7 +887,7 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
         cells[0, column].set_title(title, fontsize=8, parse_math=False)
         rows = torch.cat([of_policy[3 * column : 3 * column + 3] for of_policy in images]).cpu()
         for cell, image, label in zip(cells[:, column], rows, labels, strict=True):
-            cell.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             cell.set(xticks=[], yticks=[], ylabel="" if column else label)
     (run.folder / name).parent.mkdir(exist_ok=True)
     with warnings.catch_warnings(action="ignore"):  # of letters that matplotlib's font has not

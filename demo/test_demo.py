@@ -1,8 +1,10 @@
 """The small world's sentences and its judge."""
 
+import os
 import random
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # for all tests: it is read when the first of them is imported
 import pytest
 import torch
 
