@@ -613,7 +613,8 @@ def test_a_stopped_run_continues_to_the_bit_identical_end(tmp_path):
 def test_equal_rewards_leave_the_weights_as_they_are(tmp_path):
     constant = tmp_path / "constant.py"
     constant.write_text("def one(images, prompts):\n    return images.new_ones(len(images))\n")
-    train(tmp_path / "run", "--num_epochs", "1", "--reward", f"{constant}:one")
+    flags = ["--weight_decay", "1", "--reward", f"{constant}:one"]  # a decay that would be seen
+    train(tmp_path / "run", "--num_epochs", "1", *flags)
     base = load_pipeline("demo/model").unet.state_dict()
     for name, value in weights(tmp_path / "run").items():
         assert torch.equal(value, base[name])
