@@ -598,7 +598,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
             raise ValueError("it is a consistency model, its schedule is not one of betas, or it "
                              f"predicts {prediction!r}, neither epsilon nor v_prediction")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise ValueError(f"--model {model} cannot be used ({explain(error)}); see 'Models' in the "
+        raise ValueError(f"--model {model} cannot be used ({explain(error)}); see Models in the "
                          "README") from None
     # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
     # With steps_offset 1 the last step is from t = 1 to 0.

@@ -1752,7 +1752,7 @@ MISTAKES = {
     "no network for prompts": (["--prompts", "hpdv2-photo"], "hpdv2-photo .*HF_HUB_OFFLINE"),
     "no network for HPSv2": (["--reward", "hpsv2"], "--reward hpsv2.*HF_HUB_OFFLINE"),
     "no network for the model": (["--model", "a/b"], "--model a/b.*HF_HUB_OFFLINE"),
-    "a single file": (["--model", "README.md"], "README.md cannot be used .*; see 'Models'"),
+    "a single file": (["--model", "README.md"], "README.md cannot be used .*; see Models"),
     "negative rank": (["--lora_rank", "-1"], "--lora_rank -1"),
     "too many steps": (["--num_steps", "1000"], "--num_steps 1000: must be less than 1000"),
     "one step": (["--num_steps", "1"], "--num_steps 1: must be at least 2"),
