@@ -1864,6 +1864,20 @@ def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
     assert reports["skip"][0]["relative difference of gradients"] < 1e-4
 
 
+def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims = importlib.import_module("claims")
+    shutil.copytree(claims.LOGS, tmp_path / "claims")
+    monkeypatch.setattr(claims, "LOGS", tmp_path / "claims")
+    shown = (tmp_path / "claims/README.md").read_text()
+    (tmp_path / "claims/README.md").unlink()
+    claims.report()
+    assert (tmp_path / "claims/README.md").read_text() == shown
+    for _, methods, *_ in claims.CLAIMS.values():
+        for method in methods:
+            prdp.parse_config(["--preset", "demo", *claims.METHODS[method].split()])
+
+
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
     prdp.Run(str(tmp_path)).write_json("config.json", vars(Config()))
     readme = (ROOT / "README.md").read_text()

@@ -24,6 +24,7 @@ D  PRDP on samples of its own against samples of the base model: online passes t
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -121,14 +122,15 @@ def mean_and_error(values: list[float]) -> str:
         f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
 
 
-def runs_of(preset: str, method: str) -> list[Path]:
-    """The logs of the method's reported seeds."""
-    try:
-        prefix = name_of(preset, method, best_rate(preset, method), "")
-    except ValueError:
-        return []
-    found = LOGS.glob(f"{prefix}*/metrics.jsonl")
-    return sorted(file.parent for file in found if not file.parent.name.endswith("-seed0"))
+def runs_of(preset: str, methods: tuple[str, ...]) -> dict[str, list[Path]]:
+    """The logs of all reported seeds, by method and learning rate."""
+    runs = {}
+    for method, rate in itertools.product(methods, RATES):
+        found = LOGS.glob(f"{name_of(preset, method, rate, '')}*/metrics.jsonl")
+        folders = sorted(file.parent for file in found if not file.parent.name.endswith("-seed0"))
+        if folders:
+            runs[f"{method}, {rate}"] = folders
+    return runs
 
 
 def report() -> None:
@@ -149,8 +151,7 @@ seeds.
     text += "\n## Learning rates\n\nMean reward over the last fifth of the epochs, seed 0.\n\n"
     text += table(["preset", "method", *RATES], sweeps)
     for claim, (preset, methods, prompt_sets, samples) in CLAIMS.items():
-        runs = {method: found for method in methods if (found := runs_of(preset, method))}
-        if not runs:
+        if not (runs := runs_of(preset, methods)):
             continue
         rows = []
         for method, folders in runs.items():
@@ -163,8 +164,8 @@ seeds.
                              for term in ("clip", "animal", "all_right")
                              for column in ("base", "finetuned")]
                     rows.append([method, prompts, str(len(results)), *cells])
-        header = ["method", f"prompts x {samples}", "seeds", "reward: base", "finetuned",
-                  "animal right: base", "finetuned", "all right: base", "finetuned"]
+        header = ["method, learning rate", f"prompts x {samples}", "seeds", "reward: base",
+                  "finetuned", "animal right: base", "finetuned", "all right: base", "finetuned"]
         text += f"\n## {claim}\n\n{table(header, rows)}\n![curves of claim {claim}]({claim}.png)\n"
         draw(runs, LOGS / f"{claim}.png")
     (LOGS / "README.md").write_text(text)
