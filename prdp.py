@@ -59,7 +59,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -88,7 +87,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import explain, load_prompts, report_cut
-from rewards import Reward, check_words, load_network, load_reward, parse_reward
+from rewards import Reward, check_words, find_factory, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
 
@@ -112,8 +111,8 @@ class Config:
         default="prdp", help="prdp, or the paper's baseline ddpo, or grpo; see §3")
     tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
-    run_dir: str | None = HfArg(default=None, aliases=["--run"], help="output folder, continued if "
-                                "there; if not given, runs/PRESET-REWARD")
+    run_dir: str | None = HfArg(default=None, help="output folder, continued if it is there; if "
+                                "not given, runs/PRESET-REWARD")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch")
@@ -132,9 +131,9 @@ class Config:
     # two. TF32 rounds 8 times finer.
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
         "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
-    micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of a UNet call")
+    micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
-    evaluate: str | None = HfArg(default=None, help="a run, compared with its base, or: base")
+    evaluate: str | None = HfArg(default=None, help="a run's folder, against its base; or: base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
 
 
@@ -220,7 +219,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     """
     noise = noise.to(prompt_embeds.device)
     return denoise(policy, prompt_embeds, noise, micro_batch_size,
-                   lambda mean, std, noise: mean + std * noise)
+                   lambda mean, std, standard_normal: mean + std * standard_normal)
 
 
 def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
@@ -269,7 +268,7 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     """Squared error of predicted against true reward differences, proximal (Appendix G).
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
-    policy, the one that sampled, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
+    policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
     in nats per element, may be inf; kl_weight: beta > 0. Returns a scalar, the mean over prompts of
     the mean over their pairs: never below the plain loss; 0 where log_probs and log_probs_old are
     the optimum's (Eq. 15); 0, with gradient 0, for a prompt of equal rewards.
@@ -354,7 +353,7 @@ def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer
               prompts: list[str], epoch: int, history: dict[str, list[float]]) -> dict:
     """One epoch of Algorithm 1; returns its metrics. history: past rewards, see ddpo_advantages.
 
-    Raises ValueError for a reward or a gradient that is not finite, before the weights change.
+    Raises ValueError for a reward or a gradient that is not finite, before it reaches the weights.
     """
     trajectories = collect_epoch(config, models, prompts, epoch, history)
     with timed(trajectories.seconds, "seconds_updating"):
@@ -750,9 +749,10 @@ class Run:
 
     def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
         """One object, or one a line. JSON has no NaN, which becomes null, and no infinity."""
-        text = "".join(json.dumps(line, indent=indent) + "\n" for line in lines)
-        text = re.sub(r"(?<=: )NaN\b", "null", text)
-        (self.folder / name).write_text(re.sub(r"(?<=: )(-?Infinity)\b", r'"\1"', text))
+        proper = [json.loads(json.dumps(line), parse_constant=lambda constant:
+                             None if constant == "NaN" else constant) for line in lines]
+        text = "".join(json.dumps(line, indent=indent) + "\n" for line in proper)
+        (self.folder / name).write_text(text)
 
     def write_curve(self, metrics: list[dict]) -> None:
         """reward.png."""
@@ -790,7 +790,7 @@ def train(config: Config, device: torch.device) -> None:
     if rank() == 0:
         run.lock()
     state = run.load(config) or {"weights": None, "metrics": [], "history": {}}
-    prompts = list(itertools.chain(*load_prompts(config.prompts, say).values()))
+    prompts = list(dict.fromkeys(itertools.chain(*load_prompts(config.prompts, say).values())))
     models = load_models(config, device, state["weights"])
     report_cut(prompts, models.pipeline.tokenizer, say)
     policy, trained = models.policy, trained_weights(models.policy.unet)
@@ -828,7 +828,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics over all processes; predictions are those of the policy that sampled."""
+    """An epoch's metrics over all processes; predictions are of the policy before its updates."""
     rewards, B = trajectories.rewards.double(), config.images_per_prompt  # (N, B)
     means = torch.tensor([[*updates.values()]], dtype=torch.float64, device=rewards.device)
     is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
@@ -836,7 +836,7 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
                **dict(zip(updates, gather(means).mean(0).tolist(), strict=True)),
                "pairless_prompts": is_pairless.double().mean().item(),
                "between_prompt_variance": None, "explained_variance": None, "kl": None}
-    if B > 1:
+    if min(rewards.shape) > 1:
         within = rewards.var(-1).mean()
         between = rewards.mean(-1).var() - within / B
         metrics["between_prompt_variance"] = (between / (between + within)).item()
@@ -994,7 +994,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
             fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
     parser.set_defaults(**defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    names = [Path(scorer.partition(":")[0]).name
+    names = [find_factory(scorer)[0]
              for scorer, weight in parse_reward(config.reward).items() if weight]
     folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"
     config.run_dir = config.run_dir or folder

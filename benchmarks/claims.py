@@ -54,7 +54,7 @@ CLAIMS = {  # preset, methods, prompts of the evaluation, samples of each
     "C": ("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping"),
           "prompts/animals.txt", 16),
     "D": ("demo", ("PRDP", "PRDP, offline"), "prompts/animals.txt", 16),
-}  # fmt: skip
+}
 REWARD, JUDGE = "reward/clip", "reward/all_right"
 
 
@@ -168,6 +168,7 @@ seeds.
                   "finetuned", "animal right: base", "finetuned", "all right: base", "finetuned"]
         text += f"\n## {claim}\n\n{table(header, rows)}\n![curves of claim {claim}]({claim}.png)\n"
         draw(runs, LOGS / f"{claim}.png")
+    LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text)
 
 

@@ -10,7 +10,7 @@
     python benchmarks/speed.py gpu      # Stable Diffusion v1.4's shape, random weights
 
 Each prints a table and writes benchmarks/speed-PART.json. The CPU parts use the demo's model (a
-UNet of a million weights, latents of 8 x 8), 64 images of 10 steps with guidance, and two threads.
+UNet of 2.2 million weights, latents of 8 x 8), 64 images of 10 guided steps, and two threads.
 Times are medians over rounds in which all that is compared takes its turn.
 """
 

@@ -5,7 +5,8 @@
 A sentence names an animal and, if it likes, its size, its colour, its place and the background:
 "A painting of a small red fox on the left, on a striped blue background". What it does not name is
 free. An animal and its background have different colours. Some combinations of an animal, its
-colour and the background's colour are held out: no training has a picture or a prompt with them.
+colour and the background's colour are held out: the base model's training has no caption and no
+picture with them, nor has PRDP's a prompt.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ ANIMALS = (
     "butterfly", "fish", "shark", "whale", "dolphin", "squirrel", "mouse", "rat", "snake", "turtle",
     "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly", "llama", "camel", "bat",
     "gorilla", "hedgehog", "kangaroo",
-)  # fmt: skip
+)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SIZES = ("small", "large")
 PLACES = ("left", "right")

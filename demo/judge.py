@@ -9,6 +9,7 @@ network that was trained on pictures of its own (demo/make_demo.py). It shares n
 reward demo/clip, and no training may use it; so it tells learning from reward hacking.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -75,11 +76,18 @@ def seen(images: Tensor) -> list[Scene]:
 
 
 def check(images: Tensor, prompts: list[str], *names: str) -> Tensor:
-    """(P,) 1.0 where each named attribute is as the prompt asks or not named by it, else 0.0."""
-    asked = map(parse, prompts)
-    right = [all(getattr(scene, name) in (None, getattr(found, name)) for name in names)
-             for scene, found in zip(asked, seen(images), strict=True)]
-    return torch.tensor(right, dtype=torch.float32, device=images.device)
+    """(P,) 1.0 where each named attribute is as the prompt asks or not named by it, else 0.0; NaN
+    for a prompt that is not a sentence of the grammar."""
+    right = []
+    for prompt, found in zip(prompts, seen(images), strict=True):
+        try:
+            asked = parse(prompt)
+        except ValueError:
+            right.append(math.nan)
+        else:
+            right.append(float(all(getattr(asked, name) in (None, getattr(found, name))
+                                   for name in names)))
+    return torch.tensor(right, device=images.device)
 
 
 def animal(images: Tensor, prompts: list[str]) -> Tensor:

@@ -104,7 +104,7 @@ def train(name: str, networks: dict[str, nn.Module], loss_of_step: Callable[[], 
     """AdamW; the same command continues a training that was stopped.
 
     The rate rises over 100 steps, stays, and falls to zero over the last three fifths. `save`
-    writes what the repository keeps. With torchrun the processes share a batch.
+    writes what the repository keeps. With torchrun each process has a batch of its own.
     """
     parameters = [p for network in networks.values() for p in network.parameters()
                   if p.requires_grad]
@@ -117,7 +117,7 @@ def train(name: str, networks: dict[str, nn.Module], loss_of_step: Callable[[], 
         for key, network in networks.items():
             network.load_state_dict(state["networks"][key])
         optimizer.load_state_dict(state["optimizer"])
-    if dist.is_torchelastic_launched():  # torchrun: each process has a batch of its own
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo")
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     torch.manual_seed(step * world + rank)
@@ -187,7 +187,7 @@ def make_vae(steps: int = 7000, batch: int = 16) -> None:
         block_out_channels=(8, 16, 64, 96), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=1,
         latent_channels=8, sample_size=RESOLUTION, mid_block_add_attention=False,
-    )  # fmt: skip
+    )
 
     def loss_of_step() -> Tensor:
         chosen = torch.randint(len(pictures), (batch,))
@@ -247,7 +247,7 @@ def text_config(tokenizer: CLIPTokenizer, width: int) -> dict:
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
 
 
 def web_caption(scene: Scene, rng: random.Random) -> str:
@@ -309,7 +309,7 @@ def make_sd(steps: int = 16250, batch: int = 64) -> None:
         block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
         cross_attention_dim=96, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     noising = DDPMScheduler(**STABLE_DIFFUSION_V1)
     moments, captions = [], []
     for file in sorted(WORK.glob("crawl-*.npz")):
@@ -341,7 +341,7 @@ def make_sd(steps: int = 16250, batch: int = 64) -> None:
             vae=half(vae), unet=half(unet), text_encoder=text_encoder, tokenizer=tokenizer,
             scheduler=scheduler, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(DEMO / "model")  # fmt: skip
+        ).save_pretrained(DEMO / "model")
 
     train("sd", {"unet": unet, "text_encoder": text_encoder}, loss_of_step, steps, 1e-3, save)
 
@@ -574,7 +574,7 @@ def make_clip(steps: int = 9000, batch: int = 64) -> None:
     vision = dict(
         image_size=RESOLUTION, patch_size=8, hidden_size=96, intermediate_size=192,
         num_hidden_layers=4, num_attention_heads=4, projection_dim=64,
-    )  # fmt: skip
+    )
     text = text_config(tokenizer, width=64)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     processor = CLIPProcessor(
@@ -636,7 +636,7 @@ def check_clip(count: int = 1000) -> dict[str, float]:
         "clean": (to_pixels(clean) + 1) / 2, "restored by the VAE": decoded(latents),
         "bad latents": decoded(spoil_latents(latents)[0]),
         "spoilt": spoil((to_pixels(clean) + 1) / 2),
-    }  # fmt: skip
+    }
     for fault in FAULTS:
         painted = np.stack([paint(scene, rng, (fault,)) for scene in scenes])
         variants[fault] = (to_pixels(painted) + 1) / 2
@@ -680,8 +680,8 @@ def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float,
     return torch.cat(images)
 
 
-def check_sd(unseen: int = 500, per_prompt: int = 4, guidances: tuple[float, ...] = (1, 3, 5, 8),
-             ) -> dict[str, dict[str, float]]:
+def check_sd(unseen: int = 500, per_prompt: int = 4,
+             guidances: tuple[float, ...] = (1, 1.5, 3, 5, 8)) -> dict[str, dict[str, float]]:
     """The judge's and the reward's means over samples of the base model."""
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "model", safety_checker=None)
     animals = [f"A painting of a {animal}" for animal in ANIMALS]
@@ -705,7 +705,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help="vae; default: all")
+    parser.add_argument("parts", nargs="*", help="of the table, or check_judge, check_sd, "
+                        "check_clip; if not given, all")
     parser.add_argument("--options", default="{}", help="JSON, arguments of the parts' functions")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -713,7 +714,7 @@ if __name__ == "__main__":
     makers = dict(
         vae=make_vae, sd=make_sd, judge=make_judge, clip=make_clip,
         check_judge=check_judge, check_clip=check_clip, check_sd=check_sd,
-    )  # fmt: skip
+    )
     for part in arguments.parts or makers:
         makers[part](**json.loads(arguments.options))
     if dist.is_initialized():

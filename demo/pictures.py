@@ -22,7 +22,7 @@ RGB = {
     "green": (40, 160, 70), "blue": (40, 90, 225), "purple": (125, 45, 180),
     "pink": (250, 145, 195), "brown": (125, 80, 42), "black": (28, 28, 32),
     "white": (246, 246, 250),
-}  # fmt: skip
+}
 RESOLUTION = 64
 SIDE = {"small": 0.48, None: 0.66, "large": 0.86}  # of the glyph's longer side, in pictures
 CENTRE = {"small": 0.27, None: 0.33, "large": 0.36}  # of an animal on the left
@@ -78,7 +78,7 @@ def random_scene(rng: random.Random) -> Scene:
             rng.choice(ANIMALS), rng.choice((None, *SIZES)),
             rng.choice(COLOURS) if rng.random() < 0.65 else None, rng.choice((None, *PLACES)),
             rng.choice((None, None, *PATTERNS)), rng.choice(COLOURS),
-        )  # fmt: skip
+        )
         if scene.colour != scene.background and not scene.is_held_out():
             return scene
 

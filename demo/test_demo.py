@@ -47,10 +47,11 @@ def test_the_judge_compares_what_it_sees_with_what_the_prompt_names(monkeypatch)
         "A painting of a fox on a blue background": set(),
         "A painting of a fox on a spotted blue background": {"background"},
         "A painting of a small red fox on the left, on a striped white background": {"background"},
-    }.items():  # fmt: skip
+    }.items():
         for name in ("animal", "size", "colour", "place", "background"):
             assert getattr(demo.judge, name)(images, [sentence]) == float(name not in wrong)
         assert demo.judge.all_right(images, [sentence]) == float(not wrong)
+    assert demo.judge.animal(images, ["a red fox"]).isnan()  # not of the grammar
 
 
 def test_the_judges_weights_are_read_and_if_they_are_not_there_it_is_told(tmp_path, monkeypatch):

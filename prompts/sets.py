@@ -37,6 +37,7 @@ SETS = {  # name -> dataset of the hub, and its files
 SAMPLES = {"hpdv2-500": ("hpdv2", 500)}  # as Table 2's prompts that were seen in training
 # The small world's, made without a network from its grammar.
 MADE = {"emoji": lambda: small_world(held_out=False),
+        "emoji-500": lambda: small_world(held_out=False)[:500],
         "emoji-unseen": lambda: small_world(held_out=True)}
 NAMES = [*SETS, *SAMPLES, *MADE]
 COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
@@ -133,7 +134,7 @@ def read_set(name: str) -> list[str]:
 
 
 def small_world(held_out: bool) -> list[str]:
-    """More than 100,000 sentences of demo/grammar.py, or 500 that no training of it sees."""
+    """More than 100,000 sentences of demo/grammar.py, or the 500 that are held out."""
     from demo.grammar import prompts
 
     return prompts(held_out)
