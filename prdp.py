@@ -352,9 +352,7 @@ class Trajectories:
 def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer,
               prompts: list[str], epoch: int, history: dict[str, list[float]]) -> dict:
     """One epoch of Algorithm 1; returns its metrics. history: past rewards, see ddpo_advantages.
-
-    Raises ValueError for a reward or a gradient that is not finite, before it reaches the weights.
-    """
+    Raises ValueError for a reward or a gradient that is not finite, before the weights see it."""
     trajectories = collect_epoch(config, models, prompts, epoch, history)
     with timed(trajectories.seconds, "seconds_updating"):
         updates = update_policy(config, models.policy, optimizer, trajectories)
