@@ -881,7 +881,7 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
     images = [models.decode(sample_images(config, models, policy, prompts, indices, 3))
               for policy in policies.values()]  # of each policy (columns * 3, 3, H, W)
     for column, index in enumerate(indices):
-        title = textwrap.fill(textwrap.shorten(prompts[index], 60), 18)
+        title = textwrap.fill(textwrap.shorten(prompts[index], 90), 18)
         cells[0, column].set_title(title, fontsize=8, parse_math=False)
         rows = torch.cat([of_policy[3 * column : 3 * column + 3] for of_policy in images]).cpu()
         for cell, image, label in zip(cells[:, column], rows, labels, strict=True):
