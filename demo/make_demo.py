@@ -3,7 +3,7 @@
     apt-get install fonts-noto-color-emoji && python -m demo.make_demo     # everything, 3 hours
     python -m demo.make_demo sd check_sd                                   # some parts of it
 
-What was stopped goes on by the same command, from demo/work/. Times are of one core of an AMD EPYC.
+What was stopped goes on by the same command, from runs/make_demo/. Times: one core, AMD EPYC.
 
 | part | what | time |
 |---|---|---|
@@ -84,10 +84,11 @@ from demo import judge as judging
 from demo.grammar import ANIMALS, COLOURS, PATTERNS, PLACES, SIZES, Scene, parse, prompts
 from demo.judge import ANSWERS, Judge
 from demo.pictures import FAULTS, paint, random_scene
+from prdp import predict_noise
 from rewards import load_reward
 
 DEMO = Path(__file__).parent
-WORK = DEMO / "work"  # checkpoints and caches, not part of the repository
+WORK = DEMO.parent / "runs/make_demo"  # checkpoints and caches
 RESOLUTION, MAX_TOKENS = 64, 24
 VERDICTS = ("animal", "size", "colour", "place", "background", "all_right")
 WRONG_ANIMALS, WRONG_ATTRIBUTES, LEFT_OUT, FAULTY = 0.15, 0.1, 0.25, 0.25  # of the crawl
@@ -150,10 +151,9 @@ def train(name: str, networks: dict[str, nn.Module], loss_of_step: Callable[[], 
 
 
 def cached(name: str, make: Callable[[], Iterable[np.ndarray]]) -> list[np.ndarray]:
-    """The arrays that `make` yields, kept in demo/work."""
+    """The arrays that `make` yields, kept in runs/make_demo."""
     file = WORK / f"{name}.npz"
     if not file.exists():
-        WORK.mkdir(exist_ok=True)
         np.savez(file.with_suffix(".new.npz"), *make())
         os.replace(file.with_suffix(".new.npz"), file)
     with np.load(file) as arrays:
@@ -170,17 +170,19 @@ def to_pixels(pictures: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def paint_some_faulty(scene: Scene, rng: random.Random, share: float) -> np.ndarray:
+    """The scene's picture, with this probability blurred, faded or blotched."""
+    kinds = [fault for fault in FAULTS if fault != "noisy"]
+    return paint(scene, rng, (rng.choice(kinds),) if rng.random() < share else ())
+
+
 # --------------------------------------------------------------------------------------------- vae
 
 
 def make_vae(steps: int = 7000, batch: int = 16) -> None:
     def pictures_of_vae() -> Iterable[np.ndarray]:
         rng = random.Random(1)
-        kinds = [fault for fault in FAULTS if fault != "noisy"]
-        yield np.stack([
-            paint(random_scene(rng), rng, (rng.choice(kinds),) if rng.random() < 0.2 else ())
-            for _ in range(16000)
-        ])
+        yield np.stack([paint_some_faulty(random_scene(rng), rng, 0.2) for _ in range(16000)])
 
     (pictures,) = cached("pictures-vae", pictures_of_vae)
     vae = AutoencoderKL(
@@ -277,13 +279,10 @@ def crawl(seed: int, count: int) -> None:
     def make() -> Iterable[np.ndarray]:
         vae = AutoencoderKL.from_pretrained(DEMO / "model/vae")
         rng, captions, latents = random.Random(seed), [], []
-        kinds = [fault for fault in FAULTS if fault != "noisy"]
         for _ in range(count // 100):
             scenes = [random_scene(rng) for _ in range(100)]
             captions += [web_caption(scene, rng) for scene in scenes]
-            pictures = np.stack([
-                paint(s, rng, (rng.choice(kinds),) if rng.random() < FAULTY else ())
-                for s in scenes])
+            pictures = np.stack([paint_some_faulty(scene, rng, FAULTY) for scene in scenes])
             with torch.no_grad():
                 posterior = vae.encode(to_pixels(pictures)).latent_dist
             latents.append(torch.cat([posterior.mean, posterior.std], 1))
@@ -445,11 +444,11 @@ def check_judge(count: int = 2000) -> dict[str, float]:
     scenes = [random_scene(rng) for _ in range(count)]
     images = (to_pixels(np.stack([paint(scene, rng) for scene in scenes])) + 1) / 2
     prompts = [scene.sentence() for scene in scenes]
-    results = {}
+    spoilt, results = spoil(images), {}
     for name in VERDICTS:
         judged = getattr(judging, name)
         results[name] = judged(images, prompts).mean().item()
-        results[f"{name}, spoilt"] = judged(spoil(images), prompts).mean().item()
+        results[f"{name}, spoilt"] = judged(spoilt, prompts).mean().item()
     print(json.dumps(results, indent=1))
     return results
 
@@ -505,11 +504,10 @@ def clip_samples(count: int = 10000) -> Iterable[np.ndarray]:
     labeller.load_state_dict(load_file(file))
     rng = random.Random(9)
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "model", safety_checker=None)
-    asked = [parse(text) for text in rng.sample(prompts(), count)]
+    texts = rng.sample(prompts(), count)
     pictures, shown, worth = [], [], []
     for i in range(0, count, 100):
-        texts = [scene.sentence() for scene in asked[i : i + 100]]
-        images = sample(pipeline, texts, rng.choice((1, 1.5, 2, 3)), seed=i)
+        images = sample(pipeline, texts[i : i + 100], rng.choice((1, 1.5, 2, 3)), seed=i)
         pictures.append((255 * images).round().byte().permute(0, 2, 3, 1).numpy())
         with torch.no_grad():
             logits = labeller(images)
@@ -519,7 +517,7 @@ def clip_samples(count: int = 10000) -> Iterable[np.ndarray]:
         shown.append(torch.stack(columns, 1))
         worth.append(logits["animal"].softmax(1)[:, :-1].max(1).values)
     yield np.concatenate(pictures)
-    yield indices(asked).numpy()
+    yield indices([parse(text) for text in texts]).numpy()
     yield torch.cat(shown).numpy()
     yield torch.cat(worth).numpy()
 
@@ -670,10 +668,7 @@ def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float,
         shape = len(embeds), unet.config.in_channels, RESOLUTION // 8, RESOLUTION // 8
         x = torch.randn(shape, generator=generator)
         for t in scheduler.timesteps:
-            noise = unet(x, t, embeds).sample
-            if guidance != 1:
-                free = unet(x, t, empty.expand_as(embeds)).sample
-                noise = free + guidance * (noise - free)
+            noise = predict_noise(unet, x, t.expand(len(x)), embeds, empty, guidance)
             x = scheduler.step(noise, t, x, eta=1.0, generator=generator).prev_sample
         decoded = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
         images.append((decoded / 2 + 0.5).clamp(0, 1))
@@ -687,6 +682,7 @@ def check_sd(unseen: int = 500, per_prompt: int = 4,
     animals = [f"A painting of a {animal}" for animal in ANIMALS]
     texts = {"45 animals x 16": animals * 16,
              f"{unseen} unseen x {per_prompt}": prompts(held_out=True)[:unseen] * per_prompt}
+    reward = load_reward(f"clip:{DEMO / 'clip'}", "cpu") if (DEMO / "clip").exists() else None
     results = {}
     for name, of_set in texts.items():
         for guidance in guidances:
@@ -694,8 +690,7 @@ def check_sd(unseen: int = 500, per_prompt: int = 4,
             results[f"{name}, guidance {guidance}"] = scores = {
                 verdict: round(getattr(judging, verdict)(images, of_set).mean().item(), 4)
                 for verdict in VERDICTS}
-            if (DEMO / "clip").exists():
-                reward = load_reward(f"clip:{DEMO / 'clip'}", "cpu")
+            if reward:
                 scores["clip"] = round(reward(images, of_set).mean().item(), 4)
             print(name, guidance, scores, flush=True)
     return results
@@ -710,7 +705,7 @@ if __name__ == "__main__":
     parser.add_argument("--options", default="{}", help="JSON, arguments of the parts' functions")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    WORK.mkdir(exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     makers = dict(
         vae=make_vae, sd=make_sd, judge=make_judge, clip=make_clip,
         check_judge=check_judge, check_clip=check_clip, check_sd=check_sd,
