@@ -86,8 +86,13 @@ def train(preset: str, method: str, rate: str, seed: str) -> Path:
     return logs
 
 
+def evaluation_of(prompts: str) -> str:
+    """The name of the file that prdp.py writes for a set."""
+    return f"evaluation-{Path(prompts).stem}.json"
+
+
 def evaluate(run: Path, logs: Path, prompt_sets: str, samples: int) -> None:
-    names = [f"evaluation-{Path(prompts).stem}.json" for prompts in prompt_sets.split(",")]
+    names = [evaluation_of(prompts) for prompts in prompt_sets.split(",")]
     if not all((logs / name).exists() for name in names):
         prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", prompt_sets,
              "--samples_per_prompt", str(samples), "--seed", "1000")
@@ -100,14 +105,18 @@ def last_fifth(metrics: list[dict], key: str) -> float:
     return statistics.fmean(line[key] for line in metrics[-max(1, len(metrics) // 5):])
 
 
+def sweep_ends(preset: str, method: str) -> dict[str, float]:
+    """The reward at the end of the sweep's runs that are there, by learning rate."""
+    files = {rate: LOGS / name_of(preset, method, rate, "0") / "metrics.jsonl" for rate in RATES}
+    return {rate: last_fifth(read(file), REWARD) for rate, file in files.items() if file.exists()}
+
+
 def best_rate(preset: str, method: str) -> str:
     """By the sweep's logs; raises ValueError if they are not all there."""
-    ends = {}
+    ends = sweep_ends(preset, method)
     for rate in RATES:
-        file = LOGS / name_of(preset, method, rate, "0") / "metrics.jsonl"
-        if not file.exists():
+        if rate not in ends:
             raise ValueError(f"the sweep of {method} with --preset {preset} lacks {rate}")
-        ends[rate] = last_fifth(read(file), REWARD)
     return max(ends, key=ends.get)
 
 
@@ -142,12 +151,10 @@ how it was made fair, stands at the top of [claims.py](../claims.py). ± is the 
 seeds.
 """
     sweeps = []
-    for preset in ("demo", "demo-large"):
-        for method in METHODS:
-            files = [LOGS / name_of(preset, method, rate, "0") / "metrics.jsonl" for rate in RATES]
-            if any(file.exists() for file in files):
-                ends = [f"{last_fifth(read(f), REWARD):.3f}" if f.exists() else "" for f in files]
-                sweeps.append([preset, method, *ends])
+    for preset, method in itertools.product(("demo", "demo-large"), METHODS):
+        if ends := sweep_ends(preset, method):
+            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
+            sweeps.append([preset, method, *cells])
     text += "\n## Learning rates\n\nMean reward over the last fifth of the epochs, seed 0.\n\n"
     text += table(["preset", "method", *RATES], sweeps)
     for claim, (preset, methods, prompt_sets, samples) in CLAIMS.items():
@@ -156,7 +163,7 @@ seeds.
         rows = []
         for method, folders in runs.items():
             for prompts in prompt_sets.split(","):
-                name = f"evaluation-{Path(prompts).stem}.json"
+                name = evaluation_of(prompts)
                 results = [json.loads((folder / name).read_text())["results"]
                            for folder in folders if (folder / name).exists()]
                 if results:
