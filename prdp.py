@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import diffusers
 import huggingface_hub
@@ -556,7 +556,7 @@ def load_models(config: Config, device: torch.device, weights: dict | None = Non
         pipeline.unet.to("cpu")
     if weights:
         trained = trained_weights(unet)
-        if [(n, w.shape) for n, w in weights.items()] != [(n, w.shape) for n, w in trained.items()]:
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
             raise ValueError(f"{config.run_dir} holds another network; do --model and --lora_rank "
                              "fit it?")
         unet.load_state_dict(weights, strict=False)
@@ -762,13 +762,13 @@ class Run:
 
     def save_weights(self, unet: UNet2DConditionModel) -> str:
         """unet/, or with LoRA lora/, as diffusers loads them; returns the Python for that."""
-        if is_lora := hasattr(unet, "peft_config"):
+        is_lora = hasattr(unet, "peft_config")
+        folder = (self.folder / ("lora" if is_lora else "unet")).absolute()
+        if is_lora:
             from peft import get_peft_model_state_dict
 
-            folder = (self.folder / "lora").absolute()
             StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
         else:
-            folder = (self.folder / "unet").absolute()
             unet.save_pretrained(folder)
         for file in folder.iterdir():  # safetensors makes files that others cannot read
             shutil.copymode(self.checkpoint, file)
@@ -974,7 +974,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags beat an objective's defaults, and those the preset's. With --evaluate they beat the
     run's flags. Raises ValueError naming the flag."""
 
-    def fail(message: str) -> None:
+    def fail(message: str) -> NoReturn:
         raise ValueError(f"{message}; --help explains the flags")
 
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
@@ -1013,7 +1013,8 @@ def main() -> None:
     device = start_distributed()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
-        library.utils.logging.set_verbosity(50)  # critical: what fails is raised in any case
+        # What fails is raised in any case.
+        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
     if rank() == 0:
         huggingface_hub.utils.enable_progress_bars()
     try:
