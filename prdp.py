@@ -955,7 +955,7 @@ PRESETS = {
     "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": DEMO,
-    "demo-large": DEMO | dict(prompts="emoji", num_epochs=80),
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=40),
 }
 # An objective's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.
