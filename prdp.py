@@ -35,9 +35,10 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
 
 At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
 of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
-REINFORCE with a leave-one-out baseline (RLOO) and a KL reward. Like GRPO, PRDP compares the images
-of a prompt. Its own are the exact optimum with KL and, for K > 1, proximal regression. An open
-question: clipping cannot bind at theta = old, yet by Table 5 large-scale PRDP without it diverges.
+REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. Like GRPO, PRDP compares
+the images of a prompt. Its own are the exact optimum with KL and, for K > 1, proximal regression.
+An open question: clipping cannot bind at theta = old, yet by Table 5 large-scale PRDP without it
+diverges.
 
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
@@ -107,8 +108,8 @@ class Config:
     prompts: str = HfArg(default="prompts/animals.txt", help="file or named set, see "
                          "prompts/sets.py, or several with commas between")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
-    objective: Literal["prdp", "ddpo", "grpo"] = HfArg(
-        default="prdp", help="prdp, or the paper's baseline ddpo, or grpo; see §3")
+    objective: Literal["prdp", "ddpo", "grpo", "rloo"] = HfArg(
+        default="prdp", help="prdp, or a baseline: ddpo, which is the paper's, grpo, rloo; see §3")
     tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
     run_dir: str | None = HfArg(default=None, help="output folder, continued if it is there; if "
@@ -327,6 +328,12 @@ def grpo_advantages(rewards: Tensor) -> Tensor:
     return torch.stack([normalise(of_prompt, of_prompt) for of_prompt in rewards.double()])
 
 
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """Rewards (N, B) less the mean of their prompt's B - 1 others: (N, B) float64 (Kool et al.)."""
+    rewards, B = rewards.double(), rewards.shape[-1]
+    return (rewards - rewards.mean(-1, keepdim=True)) * B / (B - 1)
+
+
 def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
     """rewards less the sample's mean, over its (population) standard deviation."""
     return (rewards - sample.mean()) / (sample.std(correction=0) + 1e-6)
@@ -342,7 +349,7 @@ class Trajectories:
     prompt_embeds: Tensor  # (n * B, L, F)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
-    log_probs_ref: Tensor | None  # (n, B, T) float64; None for ddpo and grpo
+    log_probs_ref: Tensor | None  # (n, B, T) float64; None if the objective has no KL
     rewards: Tensor  # (N, B) float32, of all processes
     reward_terms: dict[str, Tensor]  # name -> (n * B,), of which the reward is a weighted sum
     advantages: Tensor | None  # (n, B) float64; None for prdp
@@ -399,6 +406,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         advantages = ddpo_advantages(rewards, epoch_prompts, history, config.tracker_size)[mine]
     elif config.objective == "grpo":
         advantages = grpo_advantages(rewards)[mine]
+    elif config.objective == "rloo":
+        advantages = rloo_advantages(rewards)[mine]
     return Trajectories(mine, embeds, latents, log_probs_old, log_probs_ref, rewards, terms,
                         advantages, seconds)
 
@@ -442,7 +451,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def images_of_update(config: Config, k: int) -> Tensor:
-    """Which images update k takes: (N, B) bool. PRDP takes all, DDPO and GRPO K disjoint parts."""
+    """Which images update k takes: (N, B) bool. PRDP takes all, the others K disjoint parts."""
     shape = config.images_per_prompt, config.prompts_per_epoch
     order = torch.arange(math.prod(shape)).view(shape).T  # so processes have equal shares of parts
     part = order * config.updates_per_epoch // order.numel()
@@ -962,6 +971,7 @@ PRESETS = {
 OBJECTIVES = {
     "prdp": {},
     "grpo": dict(clip_range=1e-4),
+    "rloo": dict(clip_range=1e-4),
     "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
 }
 # The least value of a number, 1 for those not here. A pair takes two images of a prompt.

@@ -380,6 +380,7 @@ def test_the_gradient_at_the_old_policy_is_reinforce_with_leave_one_out_and_a_kl
         for i in range(5):
             baseline = sum(r[j] for j in range(5) if j != i) / 4  # leave-one-out
             baseline_d = sum(d[j] for j in range(5) if j != i) / 4
+            assert prdp.rloo_advantages(rewards)[n, i].item() == pytest.approx(r[i] - baseline)
             advantage = (r[i] - baseline) / beta - (d[i] - baseline_d)
             expected = -4 / 5 * advantage / 3  # (B-1)/B of it is the difference to the mean
             assert grad[n, i].item() == pytest.approx(expected, rel=1e-12)
@@ -429,7 +430,7 @@ def test_the_updates_of_policy_gradients_take_disjoint_parts(sizes):
     """Parts differ by at most an image, and processes have equal shares of them."""
     prompts, images, updates = sizes
     options = dict(prompts_per_epoch=prompts, images_per_prompt=images, updates_per_epoch=updates)
-    for objective in ("ddpo", "grpo"):
+    for objective in ("ddpo", "grpo", "rloo"):
         config = Config(objective=objective, **options)
         parts = torch.stack([prdp.images_of_update(config, k) for k in range(updates)])  # (K, N, B)
         assert parts.shape == (updates, prompts, images)
@@ -1873,9 +1874,9 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
     (tmp_path / "claims/README.md").unlink()
     claims.report()
     assert (tmp_path / "claims/README.md").read_text() == shown
-    for _, methods, *_ in claims.CLAIMS.values():
-        for method in methods:
-            prdp.parse_config(["--preset", "demo", *claims.METHODS[method].split()])
+    for claim in claims.CLAIMS.values():
+        for method in claim.methods:
+            prdp.parse_config(["--preset", claim.preset, *claims.METHODS[method][0].split()])
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):

@@ -1,8 +1,9 @@
 """The paper's claims, tried in the small world of demo/: runs, raw logs, tables and figures.
 
-    python benchmarks/claims.py sweep A                  # learning rates on seed 0
-    python benchmarks/claims.py run A --seeds 2,3,4,5,6  # at the best rate of each method
-    python benchmarks/claims.py report                   # everything shown, from benchmarks/claims/
+    python benchmarks/claims.py sweep A                  # learning rates, on seed 0
+    python benchmarks/claims.py run A                    # at the best rate of each method
+    python benchmarks/claims.py samples A                # a picture of the end policies
+    python benchmarks/claims.py report                   # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
 two commands for different seeds may run side by side. Runs lie in runs/claims/, and the raw logs of
@@ -11,16 +12,28 @@ those that are finished are copied to benchmarks/claims/; `report` reads nothing
 What is the same for all methods of a claim: the preset, so the images of an epoch, the epochs, the
 number of steps and guidance; the noise of the evaluation (seed 1000); and how the learning rate is
 chosen: four rates on seed 0, which is not reported, and the one whose mean reward over the last
-fifth of the epochs is highest. Methods differ by the flags in METHODS alone.
+fifth of the epochs is highest. An ablation, a method less one part, has the rate of the whole.
+Methods differ by the flags in METHODS alone. The claims A and B have five seeds, the others three.
 
 Written before the runs, from the paper: what should be seen.
 
-A  45 prompts: PRDP as good as DDPO with statistics of each prompt; DDPO without them worse.
-B  More than 100,000 prompts: PRDP improves steadily, also on prompts that it never saw. DDPO, whose
-   prompts hardly ever come twice, falls back to statistics of the batch and fails. GRPO normalises
-   within a prompt and at K = 1 nearly has PRDP's gradient, so it should do as well as PRDP.
-C  K = 4 updates an epoch, with and without clipping: without it both collapse.
-D  PRDP on samples of its own against samples of the base model: online passes the offline end.
+A  45 prompts (Fig. 9 right, Table 1): PRDP as good as DDPO with statistics of each prompt; DDPO
+   without them worse.
+B  More than 100,000 prompts (Fig. 9 left, Table 2): PRDP improves steadily, also on prompts that it
+   never saw. DDPO, whose prompts hardly ever come twice, falls back to statistics of the batch and
+   fails. GRPO normalises within a prompt and at K = 1 nearly has PRDP's gradient, so it should do
+   as well as PRDP.
+C  K = 4 updates an epoch, with and without clipping (Fig. 3, Table 5): without it both collapse.
+D  PRDP on samples of its own against samples of the base model (Fig. 7): online training passes
+   where offline training ends, and long before its own end.
+E  A reward that does not read the prompt, the smallness of the picture's JPEG (Fig. 8, 10): DDPO
+   gains the most reward and the judge finds ever fewer animals. The larger PRDP's KL weight, the
+   less reward and the more animals. The middle weight, 3, is to the spread of this reward within a
+   prompt (0.54 in the base's samples) what the preset's 1 is to that of its own (0.18).
+F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the standard deviation.
+   The curves lie on each other. Gradients are not clipped here, as the two losses differ in scale.
+G  PRDP with --preset demo for five times its epochs: no fall.
+H  The same with --preset demo-large.
 """
 
 import argparse
@@ -30,32 +43,72 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import prdp  # noqa: E402
+
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 DDPO = "--objective ddpo"
-METHODS = {
-    "PRDP": "",
-    "DDPO": DDPO,
-    "DDPO, batch statistics": f"{DDPO} --tracker_size 0",
-    "GRPO": "--objective grpo",
-    "PRDP, K = 4": "--updates_per_epoch 4",
-    "PRDP, K = 4, no clipping": "--updates_per_epoch 4 --clip_range inf",
-    "DDPO, no clipping": f"{DDPO} --clip_range inf",
-    "PRDP, offline": "--offline",
+JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
+METHODS = {  # flags, and the method whose learning rate it has, or a rate
+    "PRDP": ("", "PRDP"),
+    "DDPO": (DDPO, "DDPO"),
+    "DDPO, batch statistics": (f"{DDPO} --tracker_size 0", "DDPO, batch statistics"),
+    "GRPO": ("--objective grpo", "GRPO"),
+    "PRDP, K = 4": ("--updates_per_epoch 4", "PRDP, K = 4"),
+    "PRDP, K = 4, no clipping": ("--updates_per_epoch 4 --clip_range inf", "PRDP, K = 4"),
+    "DDPO, no clipping": (f"{DDPO} --clip_range inf", "DDPO"),
+    "PRDP, offline": ("--offline", "PRDP"),
+    "PRDP, JPEG, KL 0.3": (f"{JPEG} --kl_weight 0.3", "PRDP"),
+    "PRDP, JPEG, KL 3": (f"{JPEG} --kl_weight 3", "PRDP"),
+    "PRDP, JPEG, KL 30": (f"{JPEG} --kl_weight 30", "PRDP"),
+    "DDPO, JPEG": (f"{JPEG} {DDPO}", "DDPO"),
+    "PRDP, KL 0.001": ("--kl_weight 0.001 --max_grad_norm inf", "PRDP"),
+    "RLOO": ("--objective rloo --max_grad_norm inf", "PRDP"),
+    "PRDP, 80 epochs": ("--num_epochs 80", "1e-4"),
+    "PRDP, 200 epochs": ("--num_epochs 200", "1e-4"),
 }
-CLAIMS = {  # preset, methods, prompts of the evaluation, samples of each
-    "A": ("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "prompts/animals.txt", 16),
-    "B": ("demo-large", ("PRDP", "DDPO", "GRPO"), "emoji-500,emoji-unseen", 4),
-    "C": ("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping"),
-          "prompts/animals.txt", 16),
-    "D": ("demo", ("PRDP", "PRDP, offline"), "prompts/animals.txt", 16),
+
+
+@dataclass
+class Claim:
+    preset: str
+    methods: tuple[str, ...]
+    seeds: str = "2,3,4"
+    terms: tuple[str, ...] = ("clip", "animal")  # of the tables; curves of the first and the last
+
+    @property
+    def prompts(self) -> str:
+        """The evaluation's."""
+        return "prompts/animals.txt" if self.preset == "demo" else "emoji-500,emoji-unseen"
+
+    @property
+    def samples(self) -> int:
+        """The evaluation's, of each prompt."""
+        return 16 if self.preset == "demo" else 4
+
+
+OF_SENTENCES = ("clip", "animal", "all_right")
+CLAIMS = {
+    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
+    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6", OF_SENTENCES),
+    "C": Claim("demo", (
+        "PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping")),
+    "D": Claim("demo", ("PRDP", "PRDP, offline")),
+    "E": Claim("demo", (
+        "PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30", "DDPO, JPEG"),
+        terms=("jpeg_compressibility", "clip", "animal")),
+    "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
+    "G": Claim("demo", ("PRDP, 80 epochs",)),
+    "H": Claim("demo-large", ("PRDP, 200 epochs",), "0", OF_SENTENCES),
 }
-REWARD, JUDGE = "reward/clip", "reward/all_right"
 
 
 def name_of(preset: str, method: str, rate: str, seed: str) -> str:
@@ -64,11 +117,12 @@ def name_of(preset: str, method: str, rate: str, seed: str) -> str:
     return f"{preset}/{words}-{rate}-seed{seed}"
 
 
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read(folder: Path) -> list[dict]:
+    """A run's metrics, one dict an epoch."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def prdp(*flags: str) -> None:
+def call_prdp(*flags: str) -> None:
     print("python prdp.py", *flags, flush=True)
     subprocess.run([sys.executable, "prdp.py", *flags], cwd=ROOT, check=True)
 
@@ -78,8 +132,8 @@ def train(preset: str, method: str, rate: str, seed: str) -> Path:
     name = name_of(preset, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
     if not (logs / "metrics.jsonl").exists():
-        flags = ["--preset", preset, *METHODS[method].split(), "--learning_rate", rate]
-        prdp(*flags, "--seed", seed, "--run_dir", str(run.relative_to(ROOT)))
+        flags = ["--preset", preset, *METHODS[method][0].split(), "--learning_rate", rate]
+        call_prdp(*flags, "--seed", seed, "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(run / file, logs)
@@ -91,38 +145,43 @@ def evaluation_of(prompts: str) -> str:
     return f"evaluation-{Path(prompts).stem}.json"
 
 
-def evaluate(run: Path, logs: Path, prompt_sets: str, samples: int) -> None:
-    names = [evaluation_of(prompts) for prompts in prompt_sets.split(",")]
-    if not all((logs / name).exists() for name in names):
-        prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", prompt_sets,
-             "--samples_per_prompt", str(samples), "--seed", "1000")
-        for name in names:
+def evaluate(claim: Claim, logs: Path) -> None:
+    run, names = RUNS / logs.relative_to(LOGS), map(evaluation_of, claim.prompts.split(","))
+    if missing := [name for name in names if not (logs / name).exists()]:
+        call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.prompts,
+                  "--samples_per_prompt", str(claim.samples), "--seed", "1000")
+        for name in missing:
             shutil.copy(run / name, logs)
 
 
-def last_fifth(metrics: list[dict], key: str) -> float:
-    """The mean over the last fifth of the epochs."""
-    return statistics.fmean(line[key] for line in metrics[-max(1, len(metrics) // 5):])
+def fifths(metrics: list[dict], term: str) -> list[float]:
+    """The mean of a reward in each fifth of the epochs."""
+    values, size = [line[f"reward/{term}"] for line in metrics], max(1, len(metrics) // 5)
+    return [statistics.fmean(values[start : start + size])
+            for start in range(len(values) % size, len(values), size)]
 
 
 def sweep_ends(preset: str, method: str) -> dict[str, float]:
     """The reward at the end of the sweep's runs that are there, by learning rate."""
-    files = {rate: LOGS / name_of(preset, method, rate, "0") / "metrics.jsonl" for rate in RATES}
-    return {rate: last_fifth(read(file), REWARD) for rate, file in files.items() if file.exists()}
+    folders = {rate: LOGS / name_of(preset, method, rate, "0") for rate in RATES}
+    return {rate: fifths(read(folder), "clip")[-1]
+            for rate, folder in folders.items() if folder.exists()}
 
 
-def best_rate(preset: str, method: str) -> str:
+def rate_of(preset: str, method: str) -> str:
     """By the sweep's logs; raises ValueError if they are not all there."""
-    ends = sweep_ends(preset, method)
-    for rate in RATES:
-        if rate not in ends:
-            raise ValueError(f"the sweep of {method} with --preset {preset} lacks {rate}")
+    source = METHODS[method][1]
+    if source in RATES:
+        return source
+    ends = sweep_ends(preset, source)
+    if missing := [rate for rate in RATES if rate not in ends]:
+        raise ValueError(f"the sweep of {source} with --preset {preset} lacks {missing}")
     return max(ends, key=ends.get)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -131,97 +190,190 @@ def mean_and_error(values: list[float]) -> str:
         f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
 
 
-def runs_of(preset: str, methods: tuple[str, ...]) -> dict[str, list[Path]]:
-    """The logs of all reported seeds, by method and learning rate."""
+def runs_of(claim: Claim) -> dict[str, list[Path]]:
+    """The logs of the reported seeds, by method and learning rate."""
     runs = {}
-    for method, rate in itertools.product(methods, RATES):
-        found = LOGS.glob(f"{name_of(preset, method, rate, '')}*/metrics.jsonl")
-        folders = sorted(file.parent for file in found if not file.parent.name.endswith("-seed0"))
-        if folders:
-            runs[f"{method}, {rate}"] = folders
+    for method, rate in itertools.product(claim.methods, RATES):
+        folders = [LOGS / name_of(claim.preset, method, rate, seed)
+                   for seed in claim.seeds.split(",")]
+        if found := [folder for folder in folders if folder.exists()]:
+            runs[f"{method}, {rate}"] = found
     return runs
 
 
+def ends_table(claim: Claim) -> str:
+    """Judged by evaluation: the base and the end of each method, mean and error over seeds."""
+    header = ["method, learning rate", f"prompts x {claim.samples}", "seeds"]
+    for term in claim.terms:
+        header += [f"{term}: base", "finetuned"]
+    rows = []
+    for method, folders in runs_of(claim).items():
+        for prompts in claim.prompts.split(","):
+            files = [folder / evaluation_of(prompts) for folder in folders]
+            results = [json.loads(file.read_text())["results"] for file in files if file.exists()]
+            cells = [mean_and_error([result[term][column]["mean"] for result in results])
+                     for term in claim.terms for column in ("base", "finetuned") if results]
+            rows += [[method, prompts, str(len(results)), *cells]] if results else []
+    return table(header, rows)
+
+
+def curves_table(claim: Claim) -> str:
+    """Judged by the samples of training: its first and last fifth, and what was lost again."""
+    header, rows = ["method, learning rate", "seeds"], []
+    for term in (claim.terms[0], claim.terms[-1]):
+        header += [f"{term}: first fifth", "last", "largest fall"]
+    for method, folders in runs_of(claim).items():
+        row = [method, str(len(folders))]
+        for term in (claim.terms[0], claim.terms[-1]):
+            curves = [fifths(read(folder), term) for folder in folders]
+            row += [mean_and_error([curve[0] for curve in curves]),
+                    mean_and_error([curve[-1] for curve in curves]),
+                    f"{max(max(curve) - curve[-1] for curve in curves):.3f}"]
+        rows.append(row)
+    return table(header, rows)
+
+
+def online_passes_offline(claim: Claim) -> str:
+    """The sentence of claim D."""
+    runs = runs_of(claim)
+    ends = [json.loads((folder / "evaluation-animals.json").read_text())["results"]["clip"]
+            for method, folders in runs.items() if "offline" in method for folder in folders]
+    if not ends:
+        return ""
+    end = statistics.fmean(result["finetuned"]["mean"] for result in ends)
+    text = ""
+    for method, folders in runs.items():
+        if "offline" not in method:
+            curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
+            means = list(map(statistics.fmean, zip(*curves, strict=True)))
+            passed = next((i for i, mean in enumerate(means) if mean > end), None)
+            text += (f"Offline training ends at a reward of {end:.3f}. The samples of {method} are "
+                     f"{'never above it' if passed is None else f'above it after {passed} epochs'} "
+                     f"of {len(means)}.\n\n")
+    return text
+
+
 def report() -> None:
-    """Tables to benchmarks/claims/README.md, and a figure for each claim that has runs."""
+    """Tables to benchmarks/claims/README.md, and the figures beside it."""
     text = """# The paper's claims in the small world
 
 Made by `python benchmarks/claims.py report` from the logs in this folder. What was expected, and
 how it was made fair, stands at the top of [claims.py](../claims.py). ± is the standard error over
-seeds.
+seeds. A fall is the difference between the best fifth of the epochs and the last, on the worst
+seed; rewards during training are those of each epoch's samples.
+
+## Learning rates
+
+Mean reward over the last fifth of the epochs, seed 0.
+
 """
-    sweeps = []
+    rows = []
     for preset, method in itertools.product(("demo", "demo-large"), METHODS):
         if ends := sweep_ends(preset, method):
             cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
-            sweeps.append([preset, method, *cells])
-    text += "\n## Learning rates\n\nMean reward over the last fifth of the epochs, seed 0.\n\n"
-    text += table(["preset", "method", *RATES], sweeps)
-    for claim, (preset, methods, prompt_sets, samples) in CLAIMS.items():
-        if not (runs := runs_of(preset, methods)):
-            continue
-        rows = []
-        for method, folders in runs.items():
-            for prompts in prompt_sets.split(","):
-                name = evaluation_of(prompts)
-                results = [json.loads((folder / name).read_text())["results"]
-                           for folder in folders if (folder / name).exists()]
-                if results:
-                    cells = [mean_and_error([r[term][column]["mean"] for r in results])
-                             for term in ("clip", "animal", "all_right")
-                             for column in ("base", "finetuned")]
-                    rows.append([method, prompts, str(len(results)), *cells])
-        header = ["method, learning rate", f"prompts x {samples}", "seeds", "reward: base",
-                  "finetuned", "animal right: base", "finetuned", "all right: base", "finetuned"]
-        text += f"\n## {claim}\n\n{table(header, rows)}\n![curves of claim {claim}]({claim}.png)\n"
-        draw(runs, LOGS / f"{claim}.png")
+            rows.append([preset, method, *cells])
+    text += table(["preset", "method", *RATES], rows)
+    text += "## Share of the reward's variance that lies between prompts\n\n"
+    for preset in ("demo", "demo-large"):
+        shares = [line["between_prompt_variance"]
+                  for folder in sorted(LOGS.glob(f"{preset}/PRDP-?e-?-seed*"))
+                  for line in read(folder)]
+        text += f"With --preset {preset}: {statistics.fmean(shares):.2f}, over PRDP's epochs.\n\n"
+    shown = {name: claim for name, claim in CLAIMS.items()
+             if len(runs_of(claim)) >= min(2, len(claim.methods))}
+    for name, claim in shown.items():
+        draw([claim], LOGS / f"{name}.png")
+        text += f"## {name}\n\n{ends_table(claim)}{curves_table(claim)}"
+        text += online_passes_offline(claim) if name == "D" else ""
+        text += f"![curves]({name}.png)\n\n"
+        if (LOGS / f"{name}-samples.png").exists():
+            text += f"![samples]({name}-samples.png)\n\n"
+    if {"A", "B"} <= shown.keys():
+        draw([shown["A"], shown["B"]], LOGS / "A-and-B.png")
+    text += f"## What it cost\n\n{costs_table()}"
     LOGS.mkdir(parents=True, exist_ok=True)
-    (LOGS / "README.md").write_text(text)
+    (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
 
 
-def draw(runs: dict[str, list[Path]], file: Path) -> None:
-    """Reward above, judge below, against images drawn: the mean over seeds and their range."""
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    for method, folders in runs.items():
-        curves = [read(folder / "metrics.jsonl") for folder in folders]
-        config = json.loads((folders[0] / "config.json").read_text())
-        images = config["prompts_per_epoch"] * config["images_per_prompt"]
-        epochs = range(min(map(len, curves)))
-        drawn = [images * epoch for epoch in epochs]
-        for axes, key, label in ((above, REWARD, "reward"), (below, JUDGE, "judge: all right")):
-            values = [[curve[epoch][key] for curve in curves] for epoch in epochs]
-            (line,) = axes.plot(drawn, list(map(statistics.fmean, values)), label=method)
-            axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
-                              color=line.get_color(), linewidth=0)
-            axes.set_ylabel(label)
-    above.legend()
-    below.set_xlabel("images drawn")
+def costs_table() -> str:
+    """Hours by the logs, of one thread unless a run had more; a run counts where it is first."""
+    counted, rows = set(), []
+    for name, claim in CLAIMS.items():
+        swept = [LOGS / name_of(claim.preset, method, rate, "0")
+                 for method in claim.methods for rate in RATES]
+        reported = itertools.chain(*runs_of(claim).values())
+        new = {folder for folder in (*swept, *reported) if folder.exists()} - counted
+        counted |= new
+        hours = sum(value for folder in new for line in read(folder)
+                    for key, value in line.items() if key.startswith("seconds_")) / 3600
+        rows += [[name, str(len(new)), f"{hours:.1f}"]] if new else []
+    return table(["claim", "runs", "hours of training in one thread"], rows)
+
+
+def draw(claims: list[Claim], file: Path) -> None:
+    """A column for each claim: reward above, judge below, against images drawn; the mean over seeds
+    and their range."""
+    figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
+    for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
+                             strict=True):
+        for method, folders in runs_of(claim).items():
+            curves = [read(folder) for folder in folders]
+            config = json.loads((folders[0] / "config.json").read_text())
+            images = config["prompts_per_epoch"] * config["images_per_prompt"]
+            epochs = range(min(map(len, curves)))
+            drawn = [images * epoch for epoch in epochs]
+            for axes, term in zip(column, (claim.terms[0], claim.terms[-1]), strict=True):
+                values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
+                (line,) = axes.plot(drawn, list(map(statistics.fmean, values)), label=method)
+                axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
+                                  color=line.get_color(), linewidth=0)
+                axes.set_ylabel(f"{term} of the epoch's samples")
+        column[0].legend()
+        column[0].set_title({"demo": "45 prompts", "demo-large": "more than 100,000 prompts"}[
+            claim.preset])
+        column[1].set_xlabel("images drawn")
     figure.savefig(file, dpi=100)
+
+
+def draw_samples(name: str) -> None:
+    """The claim's end policies on the same prompts and noise, one row of each method; it needs the
+    runs themselves, which are not kept."""
+    claim, policies = CLAIMS[name], {}
+    for method, folders in runs_of(claim).items():
+        run = str(RUNS / folders[0].relative_to(LOGS))
+        config = prdp.parse_config(["--evaluate", run, "--seed", "1000", "--prompts",
+                                    claim.prompts.split(",")[-1]])
+        weights = prdp.Run(run).load(config)["weights"]
+        models = prdp.load_models(config, torch.device("cpu"), weights)
+        policies |= {"base": models.reference} if not policies else {}
+        policies[method] = models.policy
+    (prompts,) = prdp.load_prompts(config.prompts, print).values()
+    prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "run", "report"))
+    parser.add_argument("what", choices=("sweep", "run", "samples", "report"))
     parser.add_argument("claim", nargs="?", choices=tuple(CLAIMS))
-    parser.add_argument("--seeds", default="2,3,4,5,6")
+    parser.add_argument("--seeds", help="of `run`, some of the claim's")
     parser.add_argument("--methods", help="some of the claim's, with semicolons between")
     arguments = parser.parse_args()
     if arguments.what == "report":
         return report()
     if not arguments.claim:
         parser.error("which claim?")
-    preset, methods, prompt_sets, samples = CLAIMS[arguments.claim]
-    for method in arguments.methods.split(";") if arguments.methods else methods:
-        if arguments.what == "sweep":
-            for rate in RATES:
-                train(preset, method, rate, "0")
-            continue
-        rate = best_rate(preset, method)
-        for seed in arguments.seeds.split(","):
-            logs = train(preset, method, rate, seed)
-            evaluate(RUNS / logs.relative_to(LOGS), logs, prompt_sets, samples)
+    if arguments.what == "samples":
+        return draw_samples(arguments.claim)
+    claim = CLAIMS[arguments.claim]
+    methods = arguments.methods.split(";") if arguments.methods else claim.methods
+    if arguments.what == "sweep":
+        for rate, method in itertools.product(RATES, methods):
+            if METHODS[method][1] == method:
+                train(claim.preset, method, rate, "0")
+        return
+    for seed, method in itertools.product((arguments.seeds or claim.seeds).split(","), methods):
+        evaluate(claim, train(claim.preset, method, rate_of(claim.preset, method), seed))
 
 
 if __name__ == "__main__":
