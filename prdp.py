@@ -525,19 +525,17 @@ class Models:
 
 @contextlib.contextmanager
 def in_use(policy: Policy) -> Iterator[None]:
-    """Around a policy's UNet calls: TF32 if it is wanted; the reference's weights, which wait in
-    the CPU's memory, or with LoRA the policy's own UNet with its adapters off."""
-    unet, has_adapters = policy.unet, hasattr(policy.unet, "peft_config")
+    """Around a policy's UNet calls: TF32 if it is wanted, and the weights on the GPU. The
+    reference's wait in the CPU's memory."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = policy.precision == "tf32"
-    if policy.is_reference:
-        unet.disable_adapters() if has_adapters else unet.to(policy.negative_embeds.device)
+    policy.unet.to(policy.negative_embeds.device)
     try:
         yield
     finally:
         matmul.allow_tf32 = cudnn.allow_tf32 = False
         if policy.is_reference:
-            unet.enable_adapters() if has_adapters else unet.to("cpu")
+            policy.unet.to("cpu")
 
 
 def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
@@ -552,8 +550,9 @@ def load_models(config: Config, device: torch.device, weights: dict | None = Non
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         # In eval mode for good: dropout would make the policy another than the one that sampled.
         network.eval().requires_grad_(False)
-    unet = pipeline.unet.to(memory_format=torch.channels_last)
-    if config.lora_rank:  # the reference is the same UNet with its adapters off
+    unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last))
+    pipeline.unet.to("cpu")
+    if config.lora_rank:
         from peft import LoraConfig
 
         torch.manual_seed(config.seed)  # the same adapters in every process
@@ -561,8 +560,7 @@ def load_models(config: Config, device: torch.device, weights: dict | None = Non
                                     init_lora_weights="gaussian",
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     else:
-        unet = copy.deepcopy(unet).requires_grad_(True)
-        pipeline.unet.to("cpu")
+        unet.requires_grad_(True)
     if weights:
         trained = trained_weights(unet)
         if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
@@ -920,9 +918,9 @@ def evaluate(config: Config, device: torch.device) -> None:
     """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
     is_base = config.evaluate == "base"
-    state = {"weights": None} if is_base else run.load(config)
+    state = {"weights": None} if is_base else Run(config.evaluate).load(config)
     if state is None:
-        raise ValueError(f"--evaluate {run.folder}: there is no checkpoint in it yet")
+        raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     models = load_models(config, device, state["weights"])
     policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -1000,14 +998,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
             defaults |= {name: flags.get(name, default) for name, default in defaults.items()}
         except Exception as error:  # no folder, no file, or one with something else in it
             fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
+        defaults["run_dir"] = given.evaluate
     parser.set_defaults(**defaults)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     names = [find_factory(scorer)[0]
              for scorer, weight in parse_reward(config.reward).items() if weight]
     folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"
     config.run_dir = config.run_dir or folder
-    if config.evaluate not in (None, "base"):
-        config.run_dir = config.evaluate
 
     least = LEAST | ({"images_per_prompt": 1} if config.objective == "ddpo" else {})
     for name, value in asdict(config).items():
