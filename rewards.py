@@ -31,7 +31,6 @@ others need. A further model is a factory in FACTORIES, below.
 import contextlib
 import functools
 import importlib.util
-import io
 import math
 import os
 import pickle
@@ -110,8 +109,8 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
             if factory is load_function or isinstance(error, torch.OutOfMemoryError):
                 raise
             hint = "" if ":" in scorer else f"; a local copy is given as {scorer}:PATH"
-            reason = f"--reward {scorer} cannot be loaded ({explain(error)}){hint}"
-            raise ValueError(reason) from error
+            raise ValueError(
+                f"--reward {scorer} cannot be loaded ({explain(error)}){hint}") from error
     return Reward(scorers, weights)
 
 
@@ -179,9 +178,8 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     def image_features(images: Tensor) -> Tensor:
-        # As in the official code, the longer side is resized to 224 and the shorter one is padded
-        # with black. That code leaves antialias to torchvision, whose default was False before
-        # version 0.17, and scores differ by it: we fix what today's versions do.
+        # As in the official code, the longer side becomes 224 and black pads the shorter one. That
+        # code leaves antialias to torchvision, where it was False before 0.17: True is today's.
         size = network.visual.image_size  # 224, 224
         sides = [round(side * size[0] / max(images.shape[-2:])) for side in images.shape[-2:]]
         images = vision.resize(images / 255, sides, InterpolationMode.BICUBIC, antialias=True)
@@ -189,8 +187,7 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
         return network.encode_image(vision.normalize(
             images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
 
-    return cosine(image_features,
-                  lambda prompt: network.encode_text(tokenizer(prompt).to(device)))
+    return cosine(image_features, lambda prompt: network.encode_text(tokenizer(prompt).to(device)))
 
 
 def load_clip(spec: str, device: torch.device | str) -> Scorer:
@@ -262,14 +259,9 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size in kB (1000 bytes) of each image's quality-95 JPEG, the reward of the DDPO paper."""
-    from torchvision.transforms.functional import to_pil_image
+    from torchvision.io import encode_jpeg
 
-    sizes = []
-    for image in images.cpu():
-        file = io.BytesIO()
-        to_pil_image(image).save(file, format="JPEG", quality=95)
-        sizes.append(file.tell() / 1000)
-    return torch.tensor(sizes)
+    return torch.tensor([len(jpeg) / 1000 for jpeg in encode_jpeg([*images.cpu()], quality=95)])
 
 
 def load_function(spec: str, device: torch.device | str) -> Scorer:
