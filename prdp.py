@@ -985,9 +985,10 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     def fail(message: str) -> NoReturn:
         raise ValueError(f"{message}; --help explains the flags")
 
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False,
+                              description=__doc__.partition("\n")[0])
     parser.error = fail  # else argparse ends every process with a message of its own
-    given = parser.parse_args(arguments)
+    given, _ = parser.parse_known_args(arguments)
     defaults = asdict(Config()) | PRESETS[given.preset]
     if given.objective == "ddpo":
         defaults["prompts_per_epoch"] *= defaults["images_per_prompt"]
@@ -1000,7 +1001,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
             fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
         defaults["run_dir"] = given.evaluate
     parser.set_defaults(**defaults)
-    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
+    config = Config(**vars(parser.parse_args(arguments)))
     names = [find_factory(scorer)[0]
              for scorer, weight in parse_reward(config.reward).items() if weight]
     folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"

@@ -812,7 +812,7 @@ def test_the_base_alone_is_the_column_of_a_comparison(tmp_path):
     assert base["base"] == run["base"] and "finetuned" not in base
 
 
-def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
+def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own(capsys):
     names = ("num_epochs", "updates_per_epoch", "prompts_per_epoch", "images_per_prompt",
              "kl_weight", "clip_range", "learning_rate")
     table = {"small": (100, 10, 32, 16, 3e-5, 1e-6, 1e-5),
@@ -836,6 +836,9 @@ def test_presets_are_table_4_and_ddpo_has_defaults_of_its_own():
     assert prdp.parse_config([]) == Config(run_dir="runs/small-hpsv2")
     assert prdp.parse_config(["--preset", "multi"]).reward == "pickscore=10,hpsv2=2,aesthetic=0.05"
     assert prdp.parse_config(["--preset", "large", "--learning_rate", "1"]).learning_rate == 1
+    with pytest.raises(SystemExit):
+        prdp.parse_config(["--preset", "demo", "--help"])
+    assert f"E: epochs (default: {demo.num_epochs})" in capsys.readouterr().out
 
 
 def test_loading_a_model_gives_no_warning():
