@@ -345,12 +345,11 @@ def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
 @dataclass
 class Trajectories:
     """One epoch's samples on this process: n of the N prompts, each with all of its B images."""
-    mine: list[int]  # n of the indices 0..N-1
     prompt_embeds: Tensor  # (n * B, L, F)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
     log_probs_ref: Tensor | None  # (n, B, T) float64; None if the objective has no KL
-    rewards: Tensor  # (N, B) float32, of all processes
+    rewards: Tensor  # (n, B) float32
     reward_terms: dict[str, Tensor]  # name -> (n * B,), of which the reward is a weighted sum
     advantages: Tensor | None  # (n, B) float64; None for prdp
     seconds: dict[str, float]  # what the epoch's phases took
@@ -408,7 +407,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         advantages = grpo_advantages(rewards)[mine]
     elif config.objective == "rloo":
         advantages = rloo_advantages(rewards)[mine]
-    return Trajectories(mine, embeds, latents, log_probs_old, log_probs_ref, rewards, terms,
+    return Trajectories(embeds, latents, log_probs_old, log_probs_ref, rewards[mine], terms,
                         advantages, seconds)
 
 
@@ -416,15 +415,16 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
                   trajectories: Trajectories) -> dict[str, float]:
     """Second half of Algorithm 1: K updates, each over all pairs of all prompts.
 
-    The loss couples all T steps and B images of a prompt, yet memory must not grow with them. So
+    The loss couples all T steps and B images of a prompt, yet its graph must not grow with them. So
     (1) all log-probs without a graph; (2) the loss and its gradient on that small tensor; (3) for
     each (image, step) alone, a forward with a graph and a backward that starts from its entry of
-    the gradient. By the chain rule this is exact. Returns this process's means over the K updates.
+    the gradient. By the chain rule this is exact. Returns means over the K updates and processes.
     """
     old, statistics = trajectories.log_probs_old, []
     weights = list(trained_weights(policy.unet).values())
+    mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
     for k in range(config.updates_per_epoch):
-        part = images_of_update(config, k)[trajectories.mine].to(old.device)  # (n, B)
+        part = images_of_update(config, k)[mine].to(old.device)  # (n, B)
         log_probs = old.clone()  # (n, B, T); at k = 0 the policy still is the old one
         if k > 0:
             log_probs[part] = trajectory_log_probs(
@@ -446,8 +446,8 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         changes = changes if config.objective == "prdp" else changes.expm1()
         clipped = (changes.abs() > config.clip_range).double().mean().nan_to_num()
         statistics.append([loss.item(), clipped.item(), grad_norm.item()])
-    means = torch.tensor(statistics, dtype=torch.float64).mean(0).tolist()
-    return dict(zip(("loss", "clip_fraction", "grad_norm"), means, strict=True))
+    means = gather(torch.tensor(statistics, dtype=torch.float64, device=old.device)).mean(0)
+    return dict(zip(("loss", "clip_fraction", "grad_norm"), means.tolist(), strict=True))
 
 
 def images_of_update(config: Config, k: int) -> Tensor:
@@ -463,9 +463,8 @@ def objective_loss(config: Config, log_probs: Tensor, trajectories: Trajectories
     """The loss of --objective at log_probs (n, B, T) for the images in part (n, B), a scalar."""
     if config.objective == "prdp":
         return prdp_loss(log_probs, trajectories.log_probs_old, trajectories.log_probs_ref,
-                         trajectories.rewards[trajectories.mine], config.clip_range,
-                         config.kl_weight)
-    # Others count as 0 in the mean, hence the factor: a K-th of all images is in the part.
+                         trajectories.rewards, config.clip_range, config.kl_weight)
+    # Others count as 0 in the mean, hence the factor: on average a K-th of all is in the part.
     advantages = trajectories.advantages.where(part, 0) * config.updates_per_epoch
     return ddpo_loss(log_probs, trajectories.log_probs_old, advantages, config.clip_range)
 
@@ -543,15 +542,14 @@ def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
-def load_models(config: Config, device: torch.device, weights: dict | None = None) -> Models:
-    """The reward, the pretrained model as the reference, and a copy of it that can learn and has
-    the weights of a checkpoint if they are given; raises ValueError if they do not fit."""
+@torch.no_grad()
+def load_models(config: Config, device: torch.device) -> Models:
+    """The reward, the pretrained model as the reference, and a copy of it that can learn. All are
+    in eval mode for good: dropout would make the policy another than the one that sampled."""
     reward, pipeline = load_reward(config.reward, device), load_pipeline(config).to(device)
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        # In eval mode for good: dropout would make the policy another than the one that sampled.
-        network.eval().requires_grad_(False)
     unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last))
-    pipeline.unet.to("cpu")
+    pipeline.unet.requires_grad_(False).to("cpu")
+    unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
     if config.lora_rank:
         from peft import LoraConfig
 
@@ -559,14 +557,6 @@ def load_models(config: Config, device: torch.device, weights: dict | None = Non
         unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
                                     init_lora_weights="gaussian",
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    else:
-        unet.requires_grad_(True)
-    if weights:
-        trained = trained_weights(unet)
-        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in trained.items()}:
-            raise ValueError(f"{config.run_dir} holds another network; do --model and --lora_rank "
-                             "fit it?")
-        unet.load_state_dict(weights, strict=False)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -575,7 +565,7 @@ def load_models(config: Config, device: torch.device, weights: dict | None = Non
     negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
     shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision
     shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
-    return Models(Policy(unet, *shared), Policy(pipeline.unet, *shared, is_reference=True),
+    return Models(Policy(unet.eval(), *shared), Policy(pipeline.unet, *shared, is_reference=True),
                   pipeline, shape, reward)
 
 
@@ -677,7 +667,7 @@ def gather(values: Tensor) -> Tensor:
 
 
 def average_gradients(weights: list[torch.nn.Parameter]) -> None:
-    """Average .grad over processes, once an update; DDP would at each of thousands of backwards."""
+    """Average .grad over processes, once an update and not after each of its backward passes."""
     for weight in weights:
         if weight.grad is None:  # no entry of this process had a gradient
             weight.grad = torch.zeros_like(weight)
@@ -732,19 +722,21 @@ class Run:
             os.fsync(file.fileno())
         aside.replace(self.checkpoint)
 
-    def load(self, config: Config) -> dict | None:
-        """The checkpoint, if there is one; raises ValueError if it is damaged, or was made with
-        flags that may not differ."""
+    def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
+        """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
+        ValueError if it is damaged, does not fit unet, or has flags that may not differ."""
         if not self.checkpoint.exists():
-            return None
+            return {"metrics": [], "history": {}}
         try:
             if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load checks no checksums
                 raise ValueError(f"its part {part} is damaged")
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            unet.load_state_dict(unet.state_dict() | state.pop("weights"))
             then, now = state["config"], asdict(config)
         except Exception as error:  # what a damaged file, or one with code in it, can raise
-            raise ValueError(f"{self.checkpoint} is not a whole checkpoint ({explain(error)}); "
-                             "restore it, or give another --run_dir") from None
+            raise ValueError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
+                             f"--lora_rank ({explain(error)}); restore it, or give another "
+                             "--run_dir") from None
         changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
                    if name not in MAY_CHANGE and then.get(name) != now[name]]
         if changed and config.evaluate is None:
@@ -753,14 +745,15 @@ class Run:
         return state
 
     def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
-        """One object, or one a line. JSON has no NaN, which becomes null, and no infinity."""
+        """One object, or one a line. In JSON, NaN becomes null and infinity "Infinity"."""
         proper = [json.loads(json.dumps(line), parse_constant=lambda constant:
                              None if constant == "NaN" else constant) for line in lines]
         text = "".join(json.dumps(line, indent=indent) + "\n" for line in proper)
         (self.folder / name).write_text(text)
 
-    def write_curve(self, metrics: list[dict]) -> None:
-        """reward.png."""
+    def write_metrics(self, metrics: list[dict]) -> None:
+        """metrics.jsonl and reward.png."""
+        self.write_json("metrics.jsonl", *metrics)
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot([m["epoch"] for m in metrics], [m["reward_mean"] for m in metrics], ".-")
@@ -794,20 +787,20 @@ def train(config: Config, device: torch.device) -> None:
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
-    state = run.load(config) or {"weights": None, "metrics": [], "history": {}}
     prompts = list(dict.fromkeys(itertools.chain(*load_prompts(config.prompts, say).values())))
-    models = load_models(config, device, state["weights"])
+    models = load_models(config, device)
     report_cut(prompts, models.pipeline.tokenizer, say)
     policy, trained = models.policy, trained_weights(models.policy.unet)
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
+    state = run.load(config, policy.unet)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
     if metrics:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
         say(f"continuing {run.folder} after epoch {len(metrics)}")
-    del state  # which holds the weights once more
     if rank() == 0:
         run.write_json("config.json", asdict(config), indent=2)
+        run.write_metrics(metrics)  # a kill may have come between the last checkpoint and these
 
     started, epochs_before = time.time(), len(metrics)
     for epoch in range(epochs_before, config.num_epochs):
@@ -821,8 +814,7 @@ def train(config: Config, device: torch.device) -> None:
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.num_epochs:
                 run.save(config=asdict(config), metrics=metrics, history=history, weights=trained,
                          optimizer=optimizer.state_dict())
-            run.write_json("metrics.jsonl", *metrics)
-            run.write_curve(metrics)
+            run.write_metrics(metrics)
     if rank() == 0:
         name = f"samples/epoch_{len(metrics):04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
@@ -834,11 +826,9 @@ def train(config: Config, device: torch.device) -> None:
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
     """An epoch's metrics over all processes; predictions are of the policy before its updates."""
-    rewards, B = trajectories.rewards.double(), config.images_per_prompt  # (N, B)
-    means = torch.tensor([[*updates.values()]], dtype=torch.float64, device=rewards.device)
+    rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
-    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(),
-               **dict(zip(updates, gather(means).mean(0).tolist(), strict=True)),
+    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
                "pairless_prompts": is_pairless.double().mean().item(),
                "between_prompt_variance": None, "explained_variance": None, "kl": None}
     if min(rewards.shape) > 1:
@@ -846,12 +836,11 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
         between = rewards.mean(-1).var() - within / B
         metrics["between_prompt_variance"] = (between / (between + within)).item()
     if trajectories.log_probs_ref is not None:
-        log_ratios = gather(trajectories.log_probs_old - trajectories.log_probs_ref)  # (N, B, T)
-        targets = pair_differences(rewards) / config.kl_weight  # (N, B, B)
-        errors = pair_differences(log_ratios.mean(-1)) - targets
-        unexplained = errors[targets > 0].square().mean() / targets[targets > 0].square().mean()
-        metrics["explained_variance"] = 1 - unexplained.item()
-        metrics["kl"] = None if config.offline else log_ratios.mean().item()
+        old, ref = gather(trajectories.log_probs_old), gather(trajectories.log_probs_ref)
+        loss, loss_of_ref = (prdp_loss(log_probs, log_probs, ref, rewards, math.inf,
+                                       config.kl_weight) for log_probs in (old, ref))
+        metrics["explained_variance"] = 1 - (loss / loss_of_ref).item()
+        metrics["kl"] = None if config.offline else (old - ref).mean().item()
     for name, term in trajectories.reward_terms.items():
         metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
     gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
@@ -869,7 +858,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def sample_images(config: Config, models: Models, policy: Policy, prompts: list[str],
+def sample_latents(config: Config, models: Models, policy: Policy, prompts: list[str],
                   indices: list[int], count: int) -> Tensor:
     """x_0 of `count` images of each prompts[index], from noise that is the same for any policy."""
     keys = [f"{config.seed}/evaluate/{index}/{j}" for index in indices for j in range(count)]
@@ -885,7 +874,7 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
     indices = [column * len(prompts) // columns for column in range(columns)]
     figure = Figure(figsize=(1.3 * columns, 1.4 * len(labels)), layout="constrained")
     cells = figure.subplots(len(labels), columns, squeeze=False)
-    images = [models.decode(sample_images(config, models, policy, prompts, indices, 3))
+    images = [models.decode(sample_latents(config, models, policy, prompts, indices, 3))
               for policy in policies.values()]  # of each policy (columns * 3, 3, H, W)
     for column, index in enumerate(indices):
         title = textwrap.fill(textwrap.shorten(prompts[index], 90), 18)
@@ -906,7 +895,7 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
     scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 1)
     for start in range(0, len(mine), rows):
         indices = mine[start : start + rows]
-        latents = sample_images(config, models, policy, prompts, indices, count)
+        latents = sample_latents(config, models, policy, prompts, indices, count)
         of_images = [prompts[index] for index in indices for _ in range(count)]
         terms = models.score(latents, of_images, config.micro_batch_size)
         of_all = torch.stack([*terms.values(), models.reward.total(terms)], 1)  # (images, R)
@@ -918,10 +907,9 @@ def evaluate(config: Config, device: torch.device) -> None:
     """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
     is_base = config.evaluate == "base"
-    state = {"weights": None} if is_base else Run(config.evaluate).load(config)
-    if state is None:
+    models = load_models(config, device)
+    if not (is_base or Run(config.evaluate).load(config, models.policy.unet)["metrics"]):
         raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
-    models = load_models(config, device, state["weights"])
     policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
     run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum"]  # R of them
@@ -946,7 +934,7 @@ def evaluate(config: Config, device: torch.device) -> None:
         for name, result in results.items():
             cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
                      for column, value in result.items()]
-            say(f"{name:<20}{'   '.join(cells)}")
+            say(f"{name:<24}{'   '.join(cells)}")
 
 
 MULTI = dict(

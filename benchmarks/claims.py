@@ -343,8 +343,8 @@ def draw_samples(name: str) -> None:
         run = str(RUNS / folders[0].relative_to(LOGS))
         config = prdp.parse_config(["--evaluate", run, "--seed", "1000", "--prompts",
                                     claim.prompts.split(",")[-1]])
-        weights = prdp.Run(run).load(config)["weights"]
-        models = prdp.load_models(config, torch.device("cpu"), weights)
+        models = prdp.load_models(config, torch.device("cpu"))
+        prdp.Run(run).load(config, models.policy.unet)
         policies |= {"base": models.reference} if not policies else {}
         policies[method] = models.policy
     (prompts,) = prdp.load_prompts(config.prompts, print).values()
