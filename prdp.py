@@ -950,7 +950,7 @@ PRESETS = {
     "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": DEMO,
-    "demo-large": DEMO | dict(prompts="emoji", num_epochs=40),
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=80),
 }
 # An objective's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.
@@ -1012,6 +1012,7 @@ def main() -> None:
         library.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
         # What fails is raised in any case.
         library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
     if rank() == 0:
         huggingface_hub.utils.enable_progress_bars()
     try:
