@@ -260,9 +260,11 @@ def report() -> None:
     text = """# The paper's claims in the small world
 
 Made by `python benchmarks/claims.py report` from the logs in this folder. What was expected, and
-how it was made fair, stands at the top of [claims.py](../claims.py). ± is the standard error over
-seeds. A fall is the difference between the best fifth of the epochs and the last, on the worst
-seed; rewards during training are those of each epoch's samples.
+how it was made fair, stands at the top of [claims.py](../claims.py). `clip` is the reward, `animal`
+and `all_right` are the judge's. ± is the standard error over seeds. The first table of a claim is
+of evaluations, the second of the samples that training drew. A fall is the difference between the
+best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
+range.
 
 ## Learning rates
 
@@ -324,16 +326,17 @@ def draw(claims: list[Claim], file: Path) -> None:
             images = config["prompts_per_epoch"] * config["images_per_prompt"]
             epochs = range(min(map(len, curves)))
             drawn = [images * epoch for epoch in epochs]
-            for axes, term in zip(column, (claim.terms[0], claim.terms[-1]), strict=True):
+            for axes, kind, term in ((column[0], "reward", claim.terms[0]),
+                                     (column[1], "judge", claim.terms[-1])):
                 values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
                 (line,) = axes.plot(drawn, list(map(statistics.fmean, values)), label=method)
                 axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
                                   color=line.get_color(), linewidth=0)
-                axes.set_ylabel(f"{term} of the epoch's samples")
+                axes.set_ylabel(f"{kind}: {term}")
         column[0].legend()
         column[0].set_title({"demo": "45 prompts", "demo-large": "more than 100,000 prompts"}[
             claim.preset])
-        column[1].set_xlabel("images drawn")
+        column[1].set_xlabel("images drawn in training")
     figure.savefig(file, dpi=100)
 
 
