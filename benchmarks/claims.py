@@ -351,7 +351,7 @@ def draw_samples(name: str) -> None:
         models = prdp.load_models(config, torch.device("cpu"))
         prdp.Run(run).load(config, models.policy.unet)
         policies |= {"base": models.reference} if not policies else {}
-        policies[method] = models.policy
+        policies[method.replace(", ", "\n")] = models.policy
     (prompts,) = prdp.load_prompts(config.prompts, print).values()
     prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
 
