@@ -31,6 +31,7 @@ others need. A further model is a factory in FACTORIES, below.
 import contextlib
 import functools
 import importlib.util
+import io
 import math
 import os
 import pickle
@@ -259,9 +260,14 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size in kB (1000 bytes) of each image's quality-95 JPEG, the reward of the DDPO paper."""
-    from torchvision.io import encode_jpeg
+    from torchvision.transforms.functional import to_pil_image
 
-    return torch.tensor([len(jpeg) / 1000 for jpeg in encode_jpeg([*images.cpu()], quality=95)])
+    sizes = []
+    for image in images.cpu():
+        file = io.BytesIO()
+        to_pil_image(image).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes)
 
 
 def load_function(spec: str, device: torch.device | str) -> Scorer:
