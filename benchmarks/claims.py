@@ -15,7 +15,7 @@ chosen: four rates on seed 0, which is not reported, and the one whose mean rewa
 fifth of the epochs is highest. An ablation, a method less one part, has the rate of the whole.
 Methods differ by the flags in METHODS alone. The claims A and B have five seeds, the others three.
 
-Written before the runs, from the paper: what should be seen.
+Written before the runs of A to F, from the paper: what should be seen.
 
 A  45 prompts (Fig. 9 right, Table 1): PRDP as good as DDPO with statistics of each prompt; DDPO
    without them worse.
