@@ -33,8 +33,8 @@ E  A reward that does not read the prompt, the smallness of the picture's JPEG (
 F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the standard deviation.
    The curves lie on each other. Gradients are not clipped here, as the two losses differ in scale.
 G  PRDP with --preset demo for five times its epochs: no fall.
-H  PRDP with --preset demo-large and all of its epochs, of which B has half for the cost, and for
-   five times as many: no fall.
+H  PRDP with --preset demo-large and all of its epochs, of which B has half for the cost: no fall.
+I  H for five times as many epochs: no fall.
 """
 
 import argparse
@@ -109,7 +109,8 @@ CLAIMS = {
         terms=("jpeg_compressibility", "clip", "animal")),
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
     "G": Claim("demo", ("PRDP, 80 epochs",)),
-    "H": Claim("demo-large", ("PRDP, 80 epochs", "PRDP, 400 epochs"), terms=OF_SENTENCES),
+    "H": Claim("demo-large", ("PRDP, 80 epochs",), terms=OF_SENTENCES),
+    "I": Claim("demo-large", ("PRDP, 400 epochs",), "2", OF_SENTENCES),
 }
 
 
