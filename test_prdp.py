@@ -1883,7 +1883,7 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
     assert (tmp_path / "claims/README.md").read_text() == shown
     for claim in claims.CLAIMS.values():
         for method in claim.methods:
-            prdp.parse_config(["--preset", claim.preset, *claims.METHODS[method][0].split()])
+            prdp.parse_config(claims.flags_of(claim.preset, method))
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):

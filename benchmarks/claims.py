@@ -38,6 +38,7 @@ I  H for five times as many epochs: no fall.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import shutil
@@ -55,7 +56,6 @@ sys.path.insert(0, str(ROOT))
 import prdp  # noqa: E402
 
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
-SHARED = {"demo": "", "demo-large": "--num_epochs 40"}  # flags of all methods
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
 DDPO = "--objective ddpo"
 JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
@@ -80,37 +80,56 @@ METHODS = {  # flags, and the method whose learning rate it has, or a rate
 
 
 @dataclass
+class World:
+    """What all claims of a preset share."""
+    title: str
+    flags: str  # of all methods
+    prompts: str  # of the evaluation
+    samples: int  # of the evaluation, of each prompt
+    terms: tuple[str, ...]  # of the tables; the first is the reward, the last the judge's
+
+
+WORLDS = {
+    "demo": World("45 prompts", "", "prompts/animals.txt", 16, ("clip", "animal")),
+    "demo-large": World("more than 100,000 prompts", "--num_epochs 40", "emoji-500,emoji-unseen", 4,
+                        ("clip", "animal", "all_right")),
+}
+
+
+@dataclass
 class Claim:
     preset: str
     methods: tuple[str, ...]
     seeds: str = "2,3,4"
-    terms: tuple[str, ...] = ("clip", "animal")  # of the tables; curves of the first and the last
+    own_terms: tuple[str, ...] = ()
 
     @property
-    def prompts(self) -> str:
-        """The evaluation's."""
-        return "prompts/animals.txt" if self.preset == "demo" else "emoji-500,emoji-unseen"
+    def world(self) -> World:
+        return WORLDS[self.preset]
 
     @property
-    def samples(self) -> int:
-        """The evaluation's, of each prompt."""
-        return 16 if self.preset == "demo" else 4
+    def terms(self) -> tuple[str, ...]:
+        return self.own_terms or self.world.terms
+
+    @property
+    def curves(self) -> dict[str, str]:
+        """The terms of the curves."""
+        return {"reward": self.terms[0], "judge": self.terms[-1]}
 
 
-OF_SENTENCES = ("clip", "animal", "all_right")
 CLAIMS = {
     "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
-    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6", OF_SENTENCES),
+    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "C": Claim("demo", (
         "PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping")),
     "D": Claim("demo", ("PRDP", "PRDP, offline")),
     "E": Claim("demo", (
         "PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30", "DDPO, JPEG"),
-        terms=("jpeg_compressibility", "clip", "animal")),
+        own_terms=("jpeg_compressibility", "clip", "animal")),
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
     "G": Claim("demo", ("PRDP, 80 epochs",)),
-    "H": Claim("demo-large", ("PRDP, 80 epochs",), terms=OF_SENTENCES),
-    "I": Claim("demo-large", ("PRDP, 400 epochs",), "2", OF_SENTENCES),
+    "H": Claim("demo-large", ("PRDP, 80 epochs",)),
+    "I": Claim("demo-large", ("PRDP, 400 epochs",), "2"),
 }
 
 
@@ -120,6 +139,11 @@ def name_of(preset: str, method: str, rate: str, seed: str) -> str:
     return f"{preset}/{words}-{rate}-seed{seed}"
 
 
+def flags_of(preset: str, method: str) -> list[str]:
+    return ["--preset", preset, *WORLDS[preset].flags.split(), *METHODS[method][0].split()]
+
+
+@functools.cache
 def read(folder: Path) -> list[dict]:
     """A run's metrics, one dict an epoch."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -135,8 +159,8 @@ def train(preset: str, method: str, rate: str, seed: str) -> Path:
     name = name_of(preset, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
     if not (logs / "metrics.jsonl").exists():
-        call_prdp("--preset", preset, *SHARED[preset].split(), *METHODS[method][0].split(),
-                  "--learning_rate", rate, "--seed", seed, "--run_dir", str(run.relative_to(ROOT)))
+        call_prdp(*flags_of(preset, method), "--learning_rate", rate, "--seed", seed,
+                  "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(run / file, logs)
@@ -149,10 +173,11 @@ def evaluation_of(prompts: str) -> str:
 
 
 def evaluate(claim: Claim, logs: Path) -> None:
-    run, names = RUNS / logs.relative_to(LOGS), map(evaluation_of, claim.prompts.split(","))
+    run = RUNS / logs.relative_to(LOGS)
+    names = map(evaluation_of, claim.world.prompts.split(","))
     if missing := [name for name in names if not (logs / name).exists()]:
-        call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.prompts,
-                  "--samples_per_prompt", str(claim.samples), "--seed", "1000")
+        call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.world.prompts,
+                  "--samples_per_prompt", str(claim.world.samples), "--seed", "1000")
         for name in missing:
             shutil.copy(run / name, logs)
 
@@ -204,16 +229,21 @@ def runs_of(claim: Claim) -> dict[str, list[Path]]:
     return runs
 
 
+def results_of(folders: list[Path], prompts: str) -> list[dict]:
+    """The evaluations on a set that are there."""
+    files = [folder / evaluation_of(prompts) for folder in folders]
+    return [json.loads(file.read_text())["results"] for file in files if file.exists()]
+
+
 def ends_table(claim: Claim) -> str:
     """Judged by evaluation: the base and the end of each method, mean and error over seeds."""
-    header = ["method, learning rate", f"prompts x {claim.samples}", "seeds"]
+    header = ["method, learning rate", f"prompts x {claim.world.samples}", "seeds"]
     for term in claim.terms:
         header += [f"{term}: base", "finetuned"]
     rows = []
     for method, folders in runs_of(claim).items():
-        for prompts in claim.prompts.split(","):
-            files = [folder / evaluation_of(prompts) for folder in folders]
-            results = [json.loads(file.read_text())["results"] for file in files if file.exists()]
+        for prompts in claim.world.prompts.split(","):
+            results = results_of(folders, prompts)
             cells = [mean_and_error([result[term][column]["mean"] for result in results])
                      for term in claim.terms for column in ("base", "finetuned") if results]
             rows += [[method, prompts, str(len(results)), *cells]] if results else []
@@ -223,11 +253,11 @@ def ends_table(claim: Claim) -> str:
 def curves_table(claim: Claim) -> str:
     """Judged by the samples of training: its first and last fifth, and what was lost again."""
     header, rows = ["method, learning rate", "seeds"], []
-    for term in (claim.terms[0], claim.terms[-1]):
+    for term in claim.curves.values():
         header += [f"{term}: first fifth", "last", "largest fall"]
     for method, folders in runs_of(claim).items():
         row = [method, str(len(folders))]
-        for term in (claim.terms[0], claim.terms[-1]):
+        for term in claim.curves.values():
             curves = [fifths(read(folder), term) for folder in folders]
             row += [mean_and_error([curve[0] for curve in curves]),
                     mean_and_error([curve[-1] for curve in curves]),
@@ -239,11 +269,12 @@ def curves_table(claim: Claim) -> str:
 def online_passes_offline(claim: Claim) -> str:
     """The sentence of claim D."""
     runs = runs_of(claim)
-    ends = [json.loads((folder / "evaluation-animals.json").read_text())["results"]["clip"]
-            for method, folders in runs.items() if "offline" in method for folder in folders]
+    ends = [result["clip"]["finetuned"]["mean"]
+            for method, folders in runs.items() if "offline" in method
+            for result in results_of(folders, claim.world.prompts)]
     if not ends:
         return ""
-    end = statistics.fmean(result["finetuned"]["mean"] for result in ends)
+    end = statistics.fmean(ends)
     text = ""
     for method, folders in runs.items():
         if "offline" not in method:
@@ -273,13 +304,13 @@ Mean reward over the last fifth of the epochs, seed 0.
 
 """
     rows = []
-    for preset, method in itertools.product(("demo", "demo-large"), METHODS):
+    for preset, method in itertools.product(WORLDS, METHODS):
         if ends := sweep_ends(preset, method):
             cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
             rows.append([preset, method, *cells])
     text += table(["preset", "method", *RATES], rows)
     text += "## Share of the reward's variance that lies between prompts\n\n"
-    for preset in ("demo", "demo-large"):
+    for preset in WORLDS:
         shares = [line["between_prompt_variance"]
                   for folder in sorted(LOGS.glob(f"{preset}/PRDP-?e-?-seed*"))
                   for line in read(folder)]
@@ -327,16 +358,14 @@ def draw(claims: list[Claim], file: Path) -> None:
             images = config["prompts_per_epoch"] * config["images_per_prompt"]
             epochs = range(min(map(len, curves)))
             drawn = [images * epoch for epoch in epochs]
-            for axes, kind, term in ((column[0], "reward", claim.terms[0]),
-                                     (column[1], "judge", claim.terms[-1])):
+            for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
                 values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
                 (line,) = axes.plot(drawn, list(map(statistics.fmean, values)), label=method)
                 axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
                                   color=line.get_color(), linewidth=0)
                 axes.set_ylabel(f"{kind}: {term}")
         column[0].legend()
-        column[0].set_title({"demo": "45 prompts", "demo-large": "more than 100,000 prompts"}[
-            claim.preset])
+        column[0].set_title(claim.world.title)
         column[1].set_xlabel("images drawn in training")
     figure.savefig(file, dpi=100)
 
@@ -348,7 +377,7 @@ def draw_samples(name: str) -> None:
     for method, folders in runs_of(claim).items():
         run = str(RUNS / folders[0].relative_to(LOGS))
         config = prdp.parse_config(["--evaluate", run, "--seed", "1000", "--prompts",
-                                    claim.prompts.split(",")[-1]])
+                                    claim.world.prompts.split(",")[-1]])
         models = prdp.load_models(config, torch.device("cpu"))
         prdp.Run(run).load(config, models.policy.unet)
         policies |= {"base": models.reference} if not policies else {}
