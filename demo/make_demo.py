@@ -162,7 +162,9 @@ def cached(name: str, make: Callable[[], Iterable[np.ndarray]]) -> list[np.ndarr
 
 def half(network: nn.Module) -> nn.Module:
     """A copy in half precision, for a file of half the size. Loading makes it float32 again."""
-    return copy.deepcopy(network).half()
+    network = copy.deepcopy(network).half()
+    network.register_to_config(_name_or_path="")  # else config.json says where it was loaded from
+    return network
 
 
 def to_pixels(pictures: np.ndarray | Tensor) -> Tensor:
