@@ -57,6 +57,7 @@ import copy
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -75,7 +76,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import diffusers
 import huggingface_hub
 import torch
 import torch.distributed as dist
@@ -529,12 +529,10 @@ def in_use(policy: Policy) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = policy.precision == "tf32"
     policy.unet.to(policy.negative_embeds.device)
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        if policy.is_reference:
-            policy.unet.to("cpu")
+    yield
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    if policy.is_reference:
+        policy.unet.to("cpu")
 
 
 def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
@@ -891,15 +889,13 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
 def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:
     """Each of R rewards' mean over the images of each prompt: (prompts, R) float64."""
     count, mine = config.samples_per_prompt, my_share(len(prompts))
-    rows = math.ceil(config.micro_batch_size / count)  # prompts that fill a micro-batch
     scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 1)
-    for start in range(0, len(mine), rows):
-        indices = mine[start : start + rows]
-        latents = sample_latents(config, models, policy, prompts, indices, count)
-        of_images = [prompts[index] for index in indices for _ in range(count)]
+    for batch in micro_batches(len(mine), config.micro_batch_size, "evaluating"):
+        latents = sample_latents(config, models, policy, prompts, mine[batch], count)
+        of_images = [prompts[index] for index in mine[batch] for _ in range(count)]
         terms = models.score(latents, of_images, config.micro_batch_size)
         of_all = torch.stack([*terms.values(), models.reward.total(terms)], 1)  # (images, R)
-        scores[start : start + rows] = of_all.unflatten(0, (-1, count)).mean(1)
+        scores[: len(mine)][batch] = of_all.unflatten(0, (-1, count)).mean(1)
     return gather(scores.to(policy.negative_embeds.device))[: len(prompts)].double()
 
 
@@ -1008,10 +1004,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # files are safe, and Ctrl-C ends without a word
     device = start_distributed()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
-        # What fails is raised in any case.
-        library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+    logging.disable()  # the libraries' warnings: what fails is raised in any case
+    transformers.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
     if rank() == 0:
         huggingface_hub.utils.enable_progress_bars()
