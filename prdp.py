@@ -88,7 +88,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import explain, load_prompts, report_cut
-from rewards import Reward, check_words, find_factory, load_network, load_reward, parse_reward
+from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
 
@@ -987,8 +987,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
-    names = [find_factory(scorer)[0]
-             for scorer, weight in parse_reward(config.reward).items() if weight]
+    names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
     folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"
     config.run_dir = config.run_dir or folder
 

@@ -14,11 +14,10 @@ A spec is one scorer or a weighted sum of several:
     FILE.py:FUNCTION        your own: function(images, prompts) -> (P,) tensor
 
 Preference scores and clip are cosine similarities, without CLIP's logit scale of 100. Weights come
-from the Hugging Face hub, or without a network from what follows a colon:
-
-    hpsv2:FILE_OR_FOLDER    HPS_v2_compressed.pt, for hpsv2.1 HPS_v2.1_compressed.pt
-    pickscore:FOLDER        yuvalkirstain/PickScore_v1
-    aesthetic:FOLDER        openai/clip-vit-large-patch14 with the predictor's .pth
+from the Hugging Face hub, or without a network from what follows a colon: hpsv2:FILE_OR_FOLDER,
+HPS_v2_compressed.pt or for hpsv2.1 HPS_v2.1_compressed.pt; pickscore:FOLDER, a copy of
+yuvalkirstain/PickScore_v1; aesthetic:FOLDER, one of openai/clip-vit-large-patch14 with the
+predictor's .pth.
 
 A weight follows the last `=` of an item. A reward of weight 0 is watched: it is computed and
 logged, but the sum leaves it out. A watched NaN is logged, and training goes on.
@@ -102,8 +101,7 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
     """
     load_module.cache_clear()  # a notebook's user edits the file and loads it again
     scorers, weights = {}, {}
-    for scorer, weight in parse_reward(spec).items():
-        name, factory = find_factory(scorer)
+    for name, (scorer, factory, weight) in parse_reward(spec).items():
         try:
             scorers[name], weights[name] = factory(scorer, device), weight
         except Exception as error:
@@ -115,35 +113,29 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
     return Reward(scorers, weights)
 
 
-def parse_reward(spec: str) -> dict[str, float]:
-    """The weight of every scorer of a spec: "clip:demo/clip=2,hpsv2" -> {"clip:demo/clip": 2.0,
-    "hpsv2": 1.0}. It loads nothing. Raises ValueError for a spec that says nothing clear."""
-    weights, names, items = {}, set(), split_list(spec, "--reward")
+def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
+    """The terms of a spec, by the name under which each is logged: what stands in the spec, its
+    factory and its weight. It loads nothing. Raises ValueError for a spec that is not clear."""
+    parsed, items = {}, split_list(spec, "--reward")
     try:
         for item in items:
             scorer, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
-            name, factory = find_factory(scorer)
+            file, _, function = scorer.rpartition(":")
+            name = function if file.endswith(".py") else scorer.partition(":")[0]
+            factory = load_function if file.endswith(".py") else FACTORIES.get(name)
             if factory is None:
                 raise ValueError(f"unknown reward {scorer!r}; there are {', '.join(FACTORIES)} and "
                                  "FILE.py:FUNCTION")
             if scorer == "clip" or scorer.endswith(":"):
                 raise ValueError(f"{scorer!r} lacks what a colon gives: a folder, file or function")
-            if name in names:
+            if name in parsed:
                 raise ValueError(f"{name!r} is given twice")
-            names.add(name)
-            weights[scorer] = float(weight)
-        if not 0 < sum(map(abs, weights.values())) < math.inf:
+            parsed[name] = scorer, factory, float(weight)
+        if not 0 < sum(abs(weight) for _, _, weight in parsed.values()) < math.inf:
             raise ValueError("weights must be finite, and at least one of them not 0")
     except ValueError as error:
         raise ValueError(f"--reward {spec}: {error}") from None
-    return weights
-
-
-def find_factory(scorer: str) -> tuple[str, Callable | None]:
-    """The name under which a scorer is logged, and what makes it; None if nothing does."""
-    file, _, function = scorer.rpartition(":")
-    name = scorer.partition(":")[0]
-    return (function, load_function) if file.endswith(".py") else (name, FACTORIES.get(name))
+    return parsed
 
 
 @contextlib.contextmanager

@@ -1573,7 +1573,8 @@ def test_the_multi_reward_gives_table_3s_base_row_from_table_2s():
     hpsv2 = torch.tensor([0.2665, 0.2737, 0.2656, 0.2654, 0.2750])
     published = torch.tensor([2.888, 2.927, 2.877, 2.883, 2.984])
     aesthetic = torch.full((5,), 5.5)  # published for this model on other prompts: 5.49
-    reward = Reward({}, parse_reward("pickscore=10,hpsv2=2,aesthetic=0.05"))  # --preset multi
+    terms = parse_reward("pickscore=10,hpsv2=2,aesthetic=0.05")  # --preset multi
+    reward = Reward({}, {name: weight for name, (_, _, weight) in terms.items()})
     total = reward.total(dict(pickscore=pickscore, hpsv2=hpsv2, aesthetic=aesthetic))
     torch.testing.assert_close(total, published, rtol=0, atol=0.05 * 0.4)
 
