@@ -128,7 +128,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    # bf16 changes a log-prob by more than an update does (5.6e-3, 2.8e-3 on demo/model), which harms
+    # bf16 changes a log-prob more than an update does (5.6e-3 and 2.8e-3 on demo/model). It harms
     # where K > 1 compares the two. TF32 rounds 8 times finer.
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
         "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")

@@ -314,7 +314,8 @@ Mean reward over the last fifth of the epochs, seed 0.
         shares = [line["between_prompt_variance"]
                   for folder in sorted(LOGS.glob(f"{preset}/PRDP-?e-?-seed[!0]"))
                   for line in read(folder)]
-        text += f"With --preset {preset}: {statistics.fmean(shares):.2f}, over the epochs of PRDP's reported seeds.\n\n"
+        text += (f"With --preset {preset}: {statistics.fmean(shares):.2f}, over the epochs of "
+                 "PRDP's reported seeds.\n\n")
     shown = {name: claim for name, claim in CLAIMS.items()
              if len(runs_of(claim)) >= min(2, len(claim.methods))}
     for name, claim in shown.items():
