@@ -62,12 +62,10 @@ import math
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import textwrap
 import time
-import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -769,7 +767,7 @@ class Run:
         else:
             unet.save_pretrained(folder)
         for file in folder.iterdir():  # safetensors makes files that others cannot read
-            shutil.copymode(self.checkpoint, file)
+            file.chmod(self.checkpoint.stat().st_mode)
         return (f"pipe.load_lora_weights({str(folder)!r})" if is_lora else
                 f"pipe.unet = UNet2DConditionModel.from_pretrained({str(folder)!r})")
 
@@ -793,6 +791,9 @@ def train(config: Config, device: torch.device) -> None:
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
     state = run.load(config, policy.unet)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
+    if len(gather(torch.tensor([len(metrics)], device=device)).unique()) > 1:
+        raise ValueError(f"--run_dir {run.folder}: its checkpoint is not the same on all machines; "
+                         "give a folder that they share")
     if metrics:
         optimizer.load_state_dict(state.pop("optimizer"))
         say(f"continuing {run.folder} after epoch {len(metrics)}")
@@ -1017,7 +1018,7 @@ def main() -> None:
             error = (f"{device} is out of memory; lower --micro_batch_size, add "
                      "--gradient_checkpointing, or begin another --run_dir with --lora_rank")
         elif not isinstance(error, (ValueError, OSError)):
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             error = explain(error)  # the disk, if that is behind it
         sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
     if dist.is_initialized():
