@@ -442,10 +442,11 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         optimizer.zero_grad()
         changes = (log_probs - old).detach()[part]  # of which DDPO clips exp(change) - 1
         changes = changes if config.objective == "prdp" else changes.expm1()
-        clipped = (changes.abs() > config.clip_range).double().mean().nan_to_num()
-        statistics.append([loss.item(), clipped.item(), grad_norm.item()])
+        clipped = (changes.abs() > config.clip_range).sum().item()
+        statistics.append([loss.item(), grad_norm.item(), clipped, changes.numel()])
     means = gather(torch.tensor(statistics, dtype=torch.float64, device=old.device)).mean(0)
-    return dict(zip(("loss", "clip_fraction", "grad_norm"), means.tolist(), strict=True))
+    loss, grad_norm, clipped, count = means.tolist()
+    return {"loss": loss, "clip_fraction": clipped / count, "grad_norm": grad_norm}
 
 
 def images_of_update(config: Config, k: int) -> Tensor:
