@@ -473,10 +473,10 @@ def test_the_updates_of_policy_gradients_take_disjoint_parts(prompts, images, up
     torch.testing.assert_close(torch.stack(losses).mean(), whole)
 
 
-@pytest.mark.parametrize("objective, share", [("prdp", 0), ("ddpo", 2 / 3)])
+@pytest.mark.parametrize("objective, share", [("prdp", 0), ("ddpo", 3 / 4)])
 def test_the_clip_fraction_counts_what_the_objectives_loss_clips(monkeypatch, objective, share):
     toy = GaussianToy()
-    config = toy.config(objective=objective, updates_per_epoch=3, clip_range=0.1)
+    config = toy.config(objective=objective, updates_per_epoch=4, clip_range=0.1)
     trajectories = prdp.collect_epoch(config, toy, ["x"], 0, {})
     trajectories.log_probs_old = torch.zeros_like(trajectories.log_probs_old)
     # e^0.098 - 1 is above 0.1: it is outside of DDPO's range, and its log inside of PRDP's.
@@ -484,7 +484,7 @@ def test_the_clip_fraction_counts_what_the_objectives_loss_clips(monkeypatch, ob
                         torch.full((len(latents), toy.num_steps), 0.098, dtype=torch.float64))
     optimizer = torch.optim.SGD(toy.policy.unet.parameters(), 0.0)
     updates = prdp.update_policy(config, toy.policy, optimizer, trajectories)
-    assert updates["clip_fraction"] == pytest.approx(share)  # of three updates, the first at 0
+    assert updates["clip_fraction"] == pytest.approx(share)  # of four updates, the first at 0
 
 
 @pytest.mark.parametrize("objective", ["prdp", "grpo"])
