@@ -68,7 +68,7 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -127,7 +127,7 @@ class Config:
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     # bf16 changes a log-prob more than an update does (5.6e-3 and 2.8e-3 on demo/model). It harms
-    # where K > 1 compares the two. TF32 rounds 8 times finer.
+    # where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
         "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
@@ -209,16 +209,27 @@ class Policy:
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
 
 
-def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
-                        micro_batch_size: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, micro_batch_size: int,
+                        is_recorded: bool = False) -> tuple[Tensor, Tensor]:
     """Sample x_{0:T} ~ pi(. | c), as a function of standard normal noise.
 
-    prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
+    prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself, or with
+    is_recorded the latents of trajectories that were sampled before. Returns latents
     (P, T+1, C, H, W) float32 and their log-probs (P, T) float64, nats per latent element.
     """
-    noise = noise.to(prompt_embeds.device)
-    return denoise(policy, prompt_embeds, noise, micro_batch_size,
-                   lambda mean, std, standard_normal: mean + std * standard_normal)
+    timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
+    latents = noise.to(prompt_embeds.device, copy=True)
+    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    with in_use(policy):
+        for images in micro_batches(len(latents), micro_batch_size, "denoising"):
+            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
+            for i, t in enumerate(timesteps):
+                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                if not is_recorded:
+                    x[:, i + 1] = mean + std * x[:, i + 1]
+                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    return latents, log_probs
 
 
 def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
@@ -228,29 +239,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
     element; bit for bit those of sampling, if this policy sampled the trajectories.
     """
-    return denoise(policy, prompt_embeds, latents, micro_batch_size,
-                   lambda mean, std, recorded: recorded)[1]
-
-
-@torch.no_grad()
-def denoise(policy: Policy, prompt_embeds: Tensor, source: Tensor, micro_batch_size: int,
-            next_latent: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The one loop behind sampling and scoring, which so compute the same.
-
-    source: (P, T+1, C, H, W). It starts at source[:, 0], and next_latent(mean, std, source[:, i+1])
-    is where step i leads. Returns the latents, as source, and their log-probs (P, T).
-    """
-    timesteps = policy.scheduler.timesteps.to(source.device)  # (T,)
-    latents = source.clone()
-    log_probs = source.new_empty(len(source), len(timesteps), dtype=torch.float64)
-    with in_use(policy):
-        for images in micro_batches(len(source), micro_batch_size, "denoising"):
-            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
-            for i, t in enumerate(timesteps):
-                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-                x[:, i + 1] = next_latent(mean, std, x[:, i + 1])
-                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
-    return latents, log_probs
+    return sample_trajectories(policy, prompt_embeds, latents, micro_batch_size, True)[1]
 
 
 # -------------------------------------------------------------------------------- §3 The objective
@@ -291,7 +280,7 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
 
 def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
               clip_range: float) -> Tensor:
-    """A policy gradient with PPO's clipping, of the baselines DDPO (Black et al., 2023) and GRPO.
+    """A policy gradient with PPO's clipping: DDPO's (Black et al., 2023), GRPO's and RLOO's.
 
     log_probs, log_probs_old: (N, B, T), nats per latent element; advantages: (N, B); clip_range: of
     the likelihood ratio around 1. Returns a scalar, the mean over prompts, images and steps.
@@ -738,7 +727,7 @@ class Run:
                    if name not in MAY_CHANGE and then.get(name) != now[name]]
         if changed and config.evaluate is None:
             raise ValueError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
-                             "another --run_dir")
+                             "the same flags, or another --run_dir")
         return state
 
     def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
@@ -829,7 +818,7 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
-               "pairless_prompts": is_pairless.double().mean().item(),
+               "pairless_prompts": is_pairless.double().mean().item() if B > 1 else None,
                "between_prompt_variance": None, "explained_variance": None, "kl": None}
     if min(rewards.shape) > 1:
         within = rewards.var(-1).mean()
@@ -892,7 +881,8 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
     """Each of R rewards' mean over the images of each prompt: (prompts, R) float64."""
     count, mine = config.samples_per_prompt, my_share(len(prompts))
     scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 1)
-    for batch in micro_batches(len(mine), config.micro_batch_size, "evaluating"):
+    rows = math.ceil(config.micro_batch_size / count)  # prompts that fill a micro-batch
+    for batch in micro_batches(len(mine), rows, "evaluating"):
         latents = sample_latents(config, models, policy, prompts, mine[batch], count)
         of_images = [prompts[index] for index in mine[batch] for _ in range(count)]
         terms = models.score(latents, of_images, config.micro_batch_size)
@@ -906,9 +896,9 @@ def evaluate(config: Config, device: torch.device) -> None:
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
     is_base = config.evaluate == "base"
     models = load_models(config, device)
-    if not (is_base or Run(config.evaluate).load(config, models.policy.unet)["metrics"]):
-        raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
+    if not is_base and not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
+        raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum"]  # R of them
     for prompt_set, prompts in prompt_sets.items():
@@ -918,8 +908,8 @@ def evaluate(config: Config, device: torch.device) -> None:
         columns = {column: score_prompts(config, models, policy, prompts)
                    for column, policy in policies.items()}  # each (prompts, R)
         if not is_base:
-            columns["difference"] = columns["finetuned"] - columns["base"]
-            columns["better"] = (columns["difference"] > 0).double()  # whose mean is a share
+            difference = columns["difference"] = columns["finetuned"] - columns["base"]
+            columns["better"] = (difference > 0).double().where(difference.isfinite(), math.nan)
         results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error":
                                    values[:, i].std().item() / len(prompts) ** 0.5}
                           for column, values in columns.items()} for i, name in enumerate(names)}
@@ -990,8 +980,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
-    folder = f"runs/{'base' if config.evaluate else '-'.join([config.preset, '+'.join(names)])}"
-    config.run_dir = config.run_dir or folder
+    name = "base" if config.evaluate else "+".join(names)
+    config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
 
     least = LEAST | ({"images_per_prompt": 1} if config.objective == "ddpo" else {})
     for name, value in asdict(config).items():
