@@ -300,7 +300,7 @@ def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list
     when half of this is there; at 0 none does. Returns (N, B) float64 in [-10, 10].
     """
     rewards = rewards.double()
-    advantages = normalise(rewards, rewards)
+    advantages = normalise(rewards, rewards.flatten())
     if tracker_size > 0:
         for prompt, new in zip(prompts, rewards.tolist(), strict=True):
             history[prompt] = [*history.get(prompt, []), *new][-tracker_size:]
@@ -312,7 +312,7 @@ def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list
 
 def grpo_advantages(rewards: Tensor) -> Tensor:
     """Rewards (N, B) normalised by the B of their own prompt: (N, B) float64."""
-    return torch.stack([normalise(of_prompt, of_prompt) for of_prompt in rewards.double()])
+    return normalise(rewards.double(), rewards.double())
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
@@ -322,8 +322,9 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
 
 def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
-    """rewards less the sample's mean, over its (population) standard deviation."""
-    return (rewards - sample.mean()) / (sample.std(correction=0) + 1e-6)
+    """rewards less a sample's mean, over its (population) standard deviation, by the last dim."""
+    std = sample.std(-1, correction=0, keepdim=True)
+    return (rewards - sample.mean(-1, keepdim=True)) / (std + 1e-6)
 
 
 # ------------------------------------------------------------------------------ §4 The online loop
@@ -362,7 +363,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
     shape = (len(mine), config.images_per_prompt, -1)  # as which (P, ...) is seen per prompt
 
-    def scored_by(policy: Policy) -> Tensor:  # log-probs (n, B, T)
+    def log_probs_under(policy: Policy) -> Tensor:  # log-probs (n, B, T)
         return trajectory_log_probs(policy, embeds, latents, size).view(shape)
 
     with timed(seconds, "seconds_sampling"):
@@ -374,9 +375,9 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         latents, log_probs = sample_trajectories(sampler, embeds, noise, size)
         log_probs_old, log_probs_ref = log_probs.view(shape), None  # (n, B, T)
         if config.offline:
-            log_probs_ref, log_probs_old = log_probs_old, scored_by(models.policy)
+            log_probs_ref, log_probs_old = log_probs_old, log_probs_under(models.policy)
         elif config.objective == "prdp":
-            log_probs_ref = scored_by(models.reference)
+            log_probs_ref = log_probs_under(models.reference)
 
     with timed(seconds, "seconds_scoring"):
         image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
@@ -440,9 +441,8 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
 
 def images_of_update(config: Config, k: int) -> Tensor:
     """Which images update k takes: (N, B) bool. PRDP takes all, the others K disjoint parts."""
-    shape = config.images_per_prompt, config.prompts_per_epoch
-    order = torch.arange(math.prod(shape)).view(shape).T  # so processes have equal shares of parts
-    part = order * config.updates_per_epoch // order.numel()
+    N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
+    part = (torch.arange(N * B) * K // (N * B)).view(B, N).T  # of all prompts, so of all processes
     return part == k if config.objective != "prdp" else torch.ones_like(part, dtype=torch.bool)
 
 
