@@ -219,7 +219,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, mi
     (P, T+1, C, H, W) float32 and their log-probs (P, T) float64, nats per latent element.
     """
     timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
-    latents = noise.to(prompt_embeds.device, copy=True)
+    latents = noise.to(prompt_embeds.device, copy=not is_recorded)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
     with in_use(policy):
         for images in micro_batches(len(latents), micro_batch_size, "denoising"):
@@ -363,7 +363,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
     shape = (len(mine), config.images_per_prompt, -1)  # as which (P, ...) is seen per prompt
 
-    def log_probs_under(policy: Policy) -> Tensor:  # log-probs (n, B, T)
+    def log_probs_under(policy: Policy) -> Tensor:  # (n, B, T)
         return trajectory_log_probs(policy, embeds, latents, size).view(shape)
 
     with timed(seconds, "seconds_sampling"):
@@ -663,7 +663,7 @@ def average_gradients(weights: list[torch.nn.Parameter]) -> None:
 
 def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
     """Slices of at most `size` that cover 0..count-1; a progress bar on rank 0's terminal."""
-    slices = [slice(start, start + size) for start in range(0, count, size)]
+    slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return tqdm(slices, description, leave=False, disable=None if rank() == 0 else True)
 
 
@@ -887,7 +887,7 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
         of_images = [prompts[index] for index in mine[batch] for _ in range(count)]
         terms = models.score(latents, of_images, config.micro_batch_size)
         of_all = torch.stack([*terms.values(), models.reward.total(terms)], 1)  # (images, R)
-        scores[: len(mine)][batch] = of_all.unflatten(0, (-1, count)).mean(1)
+        scores[batch] = of_all.unflatten(0, (-1, count)).mean(1)
     return gather(scores.to(policy.negative_embeds.device))[: len(prompts)].double()
 
 
@@ -896,9 +896,11 @@ def evaluate(config: Config, device: torch.device) -> None:
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
     is_base = config.evaluate == "base"
     models = load_models(config, device)
-    policies = {"base": models.reference} | ({} if is_base else {"finetuned": models.policy})
-    if not is_base and not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
-        raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
+    policies = {"base": models.reference}
+    if not is_base:
+        policies["finetuned"] = models.policy
+        if not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
+            raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum"]  # R of them
     for prompt_set, prompts in prompt_sets.items():
