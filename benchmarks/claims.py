@@ -218,14 +218,14 @@ def mean_and_error(values: list[float]) -> str:
         f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
 
 
-def runs_of(claim: Claim) -> dict[str, list[Path]]:
-    """The logs of the reported seeds, by method and learning rate."""
+def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
+    """The logs of the reported seeds, by (method, learning rate)."""
     runs = {}
     for method, rate in itertools.product(claim.methods, RATES):
         folders = [LOGS / name_of(claim.preset, method, rate, seed)
                    for seed in claim.seeds.split(",")]
         if found := [folder for folder in folders if folder.exists()]:
-            runs[f"{method}, {rate}"] = found
+            runs[method, rate] = found
     return runs
 
 
@@ -241,12 +241,12 @@ def ends_table(claim: Claim) -> str:
     for term in claim.terms:
         header += [f"{term}: base", "finetuned"]
     rows = []
-    for method, folders in runs_of(claim).items():
+    for run, folders in runs_of(claim).items():
         for prompts in claim.world.prompts.split(","):
             results = results_of(folders, prompts)
             cells = [mean_and_error([result[term][column]["mean"] for result in results])
                      for term in claim.terms for column in ("base", "finetuned") if results]
-            rows += [[method, prompts, str(len(results)), *cells]] if results else []
+            rows += [[", ".join(run), prompts, str(len(results)), *cells]] if results else []
     return table(header, rows)
 
 
@@ -255,8 +255,8 @@ def curves_table(claim: Claim) -> str:
     header, rows = ["method, learning rate", "seeds"], []
     for term in claim.curves.values():
         header += [f"{term}: first fifth", "last", "largest fall"]
-    for method, folders in runs_of(claim).items():
-        row = [method, str(len(folders))]
+    for run, folders in runs_of(claim).items():
+        row = [", ".join(run), str(len(folders))]
         for term in claim.curves.values():
             curves = [fifths(read(folder), term) for folder in folders]
             row += [mean_and_error([curve[0] for curve in curves]),
@@ -267,23 +267,20 @@ def curves_table(claim: Claim) -> str:
 
 
 def online_passes_offline(claim: Claim) -> str:
-    """The sentence of claim D."""
-    runs = runs_of(claim)
-    ends = [result["clip"]["finetuned"]["mean"]
-            for method, folders in runs.items() if "offline" in method
-            for result in results_of(folders, claim.world.prompts)]
-    if not ends:
-        return ""
-    end = statistics.fmean(ends)
-    text = ""
-    for method, folders in runs.items():
-        if "offline" not in method:
-            curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
+    """The sentences of claim D, one for each learning rate of offline training."""
+    runs, text = runs_of(claim), ""
+    for (method, rate), folders in runs.items():
+        ends = [result["clip"]["finetuned"]["mean"]
+                for result in results_of(folders, claim.world.prompts)]
+        if "offline" in method and ends and ("PRDP", rate) in runs:
+            end = statistics.fmean(ends)
+            curves = [[line["reward/clip"] for line in read(folder)]
+                      for folder in runs["PRDP", rate]]
             means = list(map(statistics.fmean, zip(*curves, strict=True)))
             passed = next((i for i, mean in enumerate(means) if mean > end), None)
-            text += (f"Offline training ends at a reward of {end:.3f}. The samples of {method} are "
-                     f"{'never above it' if passed is None else f'above it after {passed} epochs'} "
-                     f"of {len(means)}.\n\n")
+            text += (f"At {rate} offline training ends at a reward of {end:.3f}. Online training's "
+                     f"samples are {'never' if passed is None else f'after {passed} epochs'} above "
+                     f"it, of {len(means)}.\n\n")
     return text
 
 
@@ -316,10 +313,8 @@ Mean reward over the last fifth of the epochs, seed 0.
                   for line in read(folder)]
         text += (f"With --preset {preset}: {statistics.fmean(shares):.2f}, over the epochs of "
                  "PRDP's reported seeds.\n\n")
-    seen = {name: {run.rpartition(", ")[0] for run in runs_of(claim)}  # methods
-            for name, claim in CLAIMS.items()}
     shown = {name: claim for name, claim in CLAIMS.items()
-             if len(seen[name]) >= min(2, len(claim.methods))}
+             if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
     for name, claim in shown.items():
         draw([claim], LOGS / f"{name}.png")
         text += f"## {name}\n\n{ends_table(claim)}{curves_table(claim)}"
@@ -355,7 +350,7 @@ def draw(claims: list[Claim], file: Path) -> None:
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for method, folders in runs_of(claim).items():
+        for run, folders in runs_of(claim).items():
             curves = [read(folder) for folder in folders]
             config = json.loads((folders[0] / "config.json").read_text())
             images = config["prompts_per_epoch"] * config["images_per_prompt"]
@@ -363,7 +358,8 @@ def draw(claims: list[Claim], file: Path) -> None:
             drawn = [images * epoch for epoch in epochs]
             for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
                 values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
-                (line,) = axes.plot(drawn, list(map(statistics.fmean, values)), label=method)
+                means = list(map(statistics.fmean, values))
+                (line,) = axes.plot(drawn, means, label=", ".join(run))
                 axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
                                   color=line.get_color(), linewidth=0)
                 axes.set_ylabel(f"{kind}: {term}")
@@ -377,14 +373,14 @@ def draw_samples(name: str) -> None:
     """The claim's end policies on the same prompts and noise, one row of each method; it needs the
     runs themselves, which are not kept."""
     claim, policies = CLAIMS[name], {}
-    for method, folders in runs_of(claim).items():
+    for (method, rate), folders in runs_of(claim).items():
         run = str(RUNS / folders[0].relative_to(LOGS))
         config = prdp.parse_config(["--evaluate", run, "--seed", "1000", "--prompts",
                                     claim.world.prompts.split(",")[-1]])
         models = prdp.load_models(config, torch.device("cpu"))
         prdp.Run(run).load(config, models.policy.unet)
         policies |= {"base": models.reference} if not policies else {}
-        policies[method.replace(", ", "\n")] = models.policy
+        policies["\n".join([*method.split(", "), rate])] = models.policy
     (prompts,) = prdp.load_prompts(config.prompts, print).values()
     prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
 
