@@ -2,7 +2,7 @@
 
     python benchmarks/claims.py sweep A                  # learning rates, on seed 0
     python benchmarks/claims.py run A                    # at the best rate of each method
-    python benchmarks/claims.py samples A                # a picture of the end policies
+    python benchmarks/claims.py samples A                # the end policies: a picture, and kinds
     python benchmarks/claims.py report                   # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
@@ -41,10 +41,12 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import prdp  # noqa: E402
+from demo.judge import seen  # noqa: E402
 
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
@@ -266,6 +269,16 @@ def curves_table(claim: Claim) -> str:
     return table(header, rows)
 
 
+def kinds_table(file: Path) -> str:
+    """What kinds_of found in the base's samples and in those of each method's runs."""
+    kinds = json.loads(file.read_text())
+    rows = [[run, str(len(found)), *(mean_and_error([of_run[attribute] for of_run in found])
+                                     for attribute in ("background", "size"))]
+            for run, found in kinds.items()]
+    return ("Effective number of kinds in 45 prompts x 6 samples, by the judge's reading.\n\n" +
+            table(["method, learning rate", "seeds", "colours of background", "sizes"], rows))
+
+
 def online_passes_offline(claim: Claim) -> str:
     """The sentences of claim D, one for each learning rate of offline training."""
     runs, text = runs_of(claim), ""
@@ -321,7 +334,7 @@ Mean reward over the last fifth of the epochs, seed 0.
         text += online_passes_offline(claim) if name == "D" else ""
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
-            text += f"![samples]({name}-samples.png)\n\n"
+            text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
     if {"A", "B"} <= shown.keys():
         draw([shown["A"], shown["B"]], LOGS / "A-and-B.png")
     text += f"## What it cost\n\n{costs_table()}"
@@ -370,19 +383,37 @@ def draw(claims: list[Claim], file: Path) -> None:
 
 
 def draw_samples(name: str) -> None:
-    """The claim's end policies on the same prompts and noise, one row of each method; it needs the
-    runs themselves, which are not kept."""
-    claim, policies = CLAIMS[name], {}
-    for (method, rate), folders in runs_of(claim).items():
-        run = str(RUNS / folders[0].relative_to(LOGS))
-        config = prdp.parse_config(["--evaluate", run, "--seed", "1000", "--prompts",
-                                    claim.world.prompts.split(",")[-1]])
-        models = prdp.load_models(config, torch.device("cpu"))
-        prdp.Run(run).load(config, models.policy.unet)
-        policies |= {"base": models.reference} if not policies else {}
-        policies["\n".join([*method.split(", "), rate])] = models.policy
-    (prompts,) = prdp.load_prompts(config.prompts, print).values()
+    """The claim's end policies: a picture of samples from the same prompts and noise, rows of each
+    method, and how various the backgrounds and sizes are. It needs the runs themselves, which are
+    not kept, and leaves out those that are not there."""
+    claim, policies, kinds = CLAIMS[name], {}, {}
+    for run, folders in runs_of(claim).items():
+        for folder in (RUNS / logs.relative_to(LOGS) for logs in folders):
+            if folder.exists():
+                config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
+                models = prdp.load_models(config, torch.device("cpu"))
+                prdp.Run(str(folder)).load(config, models.policy.unet)
+                if not kinds:
+                    policies["base"] = models.reference
+                    kinds["base"] = [kinds_of(config, models, models.reference)]
+                policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
+                kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
+    (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
     prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
+    (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
+
+
+def kinds_of(config: prdp.Config, models: prdp.Models, policy: prdp.Policy) -> dict[str, float]:
+    """The effective number, exp(entropy), of the kinds that the judge sees in 45 prompts x 6
+    samples. The prompts name the animal alone."""
+    prompts = (ROOT / "prompts/animals.txt").read_text().splitlines()
+    latents = prdp.sample_latents(config, models, policy, prompts, list(range(len(prompts))), 6)
+    scenes = seen(models.decode(latents))
+    counts = {attribute: Counter(getattr(scene, attribute) for scene in scenes)
+              for attribute in ("background", "size")}
+    return {attribute: math.exp(sum(-count / len(scenes) * math.log(count / len(scenes))
+                                    for count in of_kinds.values()))
+            for attribute, of_kinds in counts.items()}
 
 
 def main() -> None:
