@@ -46,7 +46,8 @@ Deviations from the paper
  2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
  3. Rewards are float32, of images rounded to 8 bits, and log-probs are reduced in float64.
- 4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing).
+ 4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing). An update
+    without any gradient is skipped.
  5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
  6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1, see --precision.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
@@ -695,9 +696,9 @@ class Run:
         self.lock_file = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--run_dir {self.folder}: another process is at work on it; wait for "
-                             "its end, or give another --run_dir") from None
+        except OSError as error:
+            raise ValueError(f"--run_dir {self.folder}: another process is at work on it, or its "
+                             f"disk has no locks ({error}); give another --run_dir") from None
 
     def save(self, **state: object) -> None:
         """Write the checkpoint."""
@@ -716,7 +717,9 @@ class Run:
         try:
             if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load checks no checksums
                 raise ValueError(f"its part {part} is damaged")
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            # Mapped, as each process of a machine with GPUs would hold a copy of its own.
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
+                               mmap=unet.device.type == "cuda")
             unet.load_state_dict(unet.state_dict() | state.pop("weights"))
             then, now = state["config"], asdict(config)
         except Exception as error:  # what a damaged file, or one with code in it, can raise

@@ -23,8 +23,9 @@ A weight follows the last `=` of an item. A reward of weight 0 is watched: it is
 logged, but the sum leaves it out. A watched NaN is logged, and training goes on.
 
 Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. They compute
-in float32 whatever the caller's autocast. A run with one reward neither imports nor downloads what
-others need. A further model is a factory in FACTORIES, below.
+in float32 whatever the caller's autocast; TF32 is left to torch.backends, where prdp.py switches it
+off. A run with one reward neither imports nor downloads what others need. A further model is a
+factory in FACTORIES, below.
 """
 
 import contextlib
