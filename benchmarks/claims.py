@@ -7,13 +7,15 @@
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
 two commands for different seeds may run side by side. Runs lie in runs/claims/, and the raw logs of
-those that are finished are copied to benchmarks/claims/; `report` reads nothing else.
+those that are finished are copied to benchmarks/claims/; `report` reads nothing else. What has logs
+is not run again; to repeat it, delete them.
 
 What is the same for all methods of a claim: the preset, so the images of an epoch, the epochs, the
 number of steps and guidance; the noise of the evaluation (seed 1000); and how the learning rate is
 chosen: four rates on seed 0, which is not reported, and the one whose mean reward over the last
 fifth of the epochs is highest. An ablation, a method less one part, has the rate of the whole.
-Methods differ by the flags in METHODS alone. The claims A and B have five seeds, the others three.
+Methods differ by the flags in METHODS alone, and so by prdp.py's defaults of each objective. The
+claims A and B have five seeds, the others three, I one.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -35,6 +37,11 @@ F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the s
 G  PRDP with --preset demo for five times its epochs: no fall.
 H  PRDP with --preset demo-large and all of its epochs, of which B has half for the cost: no fall.
 I  H for five times as many epochs: no fall.
+
+Said after the runs began. H's prediction was written after its first run. DDPO makes 4 updates an
+epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
+sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
+runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's.
 """
 
 import argparse
@@ -157,11 +164,11 @@ def call_prdp(*flags: str) -> None:
     subprocess.run([sys.executable, "prdp.py", *flags], cwd=ROOT, check=True)
 
 
-def train(preset: str, method: str, rate: str, seed: str) -> Path:
-    """One run, and its logs; returns their folder."""
+def train(preset: str, method: str, rate: str, seed: str, again: bool = False) -> Path:
+    """One run, if it has no logs yet or is wanted again, and its logs; returns their folder."""
     name = name_of(preset, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
-    if not (logs / "metrics.jsonl").exists():
+    if not (logs / "metrics.jsonl").exists() or again:
         call_prdp(*flags_of(preset, method), "--learning_rate", rate, "--seed", seed,
                   "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
@@ -175,10 +182,13 @@ def evaluation_of(prompts: str) -> str:
     return f"evaluation-{Path(prompts).stem}.json"
 
 
-def evaluate(claim: Claim, logs: Path) -> None:
+def evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
+    """Train, if that is not done yet, and evaluate."""
+    logs = train(claim.preset, method, rate, seed)
     run = RUNS / logs.relative_to(LOGS)
     names = map(evaluation_of, claim.world.prompts.split(","))
     if missing := [name for name in names if not (logs / name).exists()]:
+        train(claim.preset, method, rate, seed, again=not run.exists())
         call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.world.prompts,
                   "--samples_per_prompt", str(claim.world.samples), "--seed", "1000")
         for name in missing:
@@ -186,7 +196,8 @@ def evaluate(claim: Claim, logs: Path) -> None:
 
 
 def fifths(metrics: list[dict], term: str) -> list[float]:
-    """The mean of a reward in each fifth of the epochs."""
+    """The mean of a reward in each fifth of the epochs; first ones that are too many are left out,
+    as the first of 16."""
     values, size = [line[f"reward/{term}"] for line in metrics], max(1, len(metrics) // 5)
     return [statistics.fmean(values[start : start + size])
             for start in range(len(values) % size, len(values), size)]
@@ -247,10 +258,16 @@ def ends_table(claim: Claim) -> str:
     for run, folders in runs_of(claim).items():
         for prompts in claim.world.prompts.split(","):
             results = results_of(folders, prompts)
-            cells = [mean_and_error([result[term][column]["mean"] for result in results])
-                     for term in claim.terms for column in ("base", "finetuned") if results]
+            cells = [mean_and_error([result[term][column]["mean"] for result in chosen])
+                     for term in claim.terms if results  # the base's is the same with every seed
+                     for column, chosen in (("base", results[:1]), ("finetuned", results))]
             rows += [[", ".join(run), prompts, str(len(results)), *cells]] if results else []
     return table(header, rows)
+
+
+def online_runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
+    """Those of runs_of that have curves. The samples of offline training are the base's."""
+    return {run: folders for run, folders in runs_of(claim).items() if "offline" not in run[0]}
 
 
 def curves_table(claim: Claim) -> str:
@@ -258,7 +275,7 @@ def curves_table(claim: Claim) -> str:
     header, rows = ["method, learning rate", "seeds"], []
     for term in claim.curves.values():
         header += [f"{term}: first fifth", "last", "largest fall"]
-    for run, folders in runs_of(claim).items():
+    for run, folders in online_runs_of(claim).items():
         row = [", ".join(run), str(len(folders))]
         for term in claim.curves.values():
             curves = [fifths(read(folder), term) for folder in folders]
@@ -280,21 +297,21 @@ def kinds_table(file: Path) -> str:
 
 
 def online_passes_offline(claim: Claim) -> str:
-    """The sentences of claim D, one for each learning rate of offline training."""
-    runs, text = runs_of(claim), ""
-    for (method, rate), folders in runs.items():
-        ends = [result["clip"]["finetuned"]["mean"]
-                for result in results_of(folders, claim.world.prompts)]
-        if "offline" in method and ends and ("PRDP", rate) in runs:
-            end = statistics.fmean(ends)
-            curves = [[line["reward/clip"] for line in read(folder)]
-                      for folder in runs["PRDP", rate]]
-            means = list(map(statistics.fmean, zip(*curves, strict=True)))
-            passed = next((i for i, mean in enumerate(means) if mean > end), None)
-            text += (f"At {rate} offline training ends at a reward of {end:.3f}. Online training's "
-                     f"samples are {'never' if passed is None else f'after {passed} epochs'} above "
-                     f"it, of {len(means)}.\n\n")
-    return text
+    """The table of claim D."""
+    rows = []
+    for method, rate in runs_of(claim):
+        for seed in claim.seeds.split(","):
+            offline, online = (LOGS / name_of(claim.preset, name, rate, seed)
+                               for name in (method, "PRDP"))
+            if "offline" in method and online.exists() and (
+                    results := results_of([offline], claim.world.prompts)):
+                end = results[0]["clip"]["finetuned"]["mean"]
+                explained = statistics.fmean(m["explained_variance"] for m in read(offline)[-3:])
+                curve = [line["reward/clip"] for line in read(online)]
+                passed = next((str(i) for i, mean in enumerate(curve) if mean > end), "never")
+                rows.append([rate, seed, f"{end:.3f}", f"{explained:.2f}", passed])
+    return table(["learning rate", "seed", "offline training ends at", "explained variance there",
+                  "online samples are above it after epochs"], rows)
 
 
 def report() -> None:
@@ -315,17 +332,18 @@ Mean reward over the last fifth of the epochs, seed 0.
 """
     rows = []
     for preset, method in itertools.product(WORLDS, METHODS):
-        if ends := sweep_ends(preset, method):
+        if METHODS[method][1] == method and (ends := sweep_ends(preset, method)):
             cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
             rows.append([preset, method, *cells])
     text += table(["preset", "method", *RATES], rows)
     text += "## Share of the reward's variance that lies between prompts\n\n"
     for preset in WORLDS:
-        shares = [line["between_prompt_variance"]
-                  for folder in sorted(LOGS.glob(f"{preset}/PRDP-?e-?-seed[!0]"))
-                  for line in read(folder)]
-        text += (f"With --preset {preset}: {statistics.fmean(shares):.2f}, over the epochs of "
-                 "PRDP's reported seeds.\n\n")
+        runs = [read(folder) for folder in sorted(LOGS.glob(f"{preset}/PRDP-[124]e-4-seed[!0]"))]
+        shares = {"the base's samples": [metrics[0] for metrics in runs],
+                  "the last fifth of the epochs": sum((m[-(len(m) // 5):] for m in runs), [])}
+        text += f"With --preset {preset}, mean over PRDP's reported runs: " + ", ".join(
+            f"{statistics.fmean(m['between_prompt_variance'] for m in metrics):.2f} in {name}"
+            for name, metrics in shares.items()) + ".\n\n"
     shown = {name: claim for name, claim in CLAIMS.items()
              if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
     for name, claim in shown.items():
@@ -343,17 +361,22 @@ Mean reward over the last fifth of the epochs, seed 0.
 
 
 def costs_table() -> str:
-    """Hours by the logs, of one thread unless a run had more; a run counts where it is first."""
+    """Hours by the logs, of one thread unless a run had more: epochs times their median, as some
+    had to wait. An epoch counts where it is first, and once for runs with the same beginning."""
     counted, rows = set(), []
     for name, claim in CLAIMS.items():
         swept = [LOGS / name_of(claim.preset, method, rate, "0")
                  for method in claim.methods for rate in RATES]
         reported = itertools.chain(*runs_of(claim).values())
-        new = {folder for folder in (*swept, *reported) if folder.exists()} - counted
-        counted |= new
-        hours = sum(value for folder in new for line in read(folder)
-                    for key, value in line.items() if key.startswith("seconds_")) / 3600
-        rows += [[name, str(len(new)), f"{hours:.1f}"]] if new else []
+        num_runs, hours = 0, 0
+        for folder in sorted({folder for folder in (*swept, *reported) if folder.exists()}):
+            seconds = [tuple(value for key, value in line.items() if key.startswith("seconds_"))
+                       for line in read(folder)]
+            new = set(seconds) - counted
+            counted |= new
+            num_runs += bool(new)
+            hours += len(new) * statistics.median(map(sum, seconds)) / 3600
+        rows += [[name, str(num_runs), f"{hours:.1f}"]] if num_runs else []
     return table(["claim", "runs", "hours of training in one thread"], rows)
 
 
@@ -363,7 +386,7 @@ def draw(claims: list[Claim], file: Path) -> None:
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for run, folders in runs_of(claim).items():
+        for run, folders in online_runs_of(claim).items():
             curves = [read(folder) for folder in folders]
             config = json.loads((folders[0] / "config.json").read_text())
             images = config["prompts_per_epoch"] * config["images_per_prompt"]
@@ -398,6 +421,8 @@ def draw_samples(name: str) -> None:
                     kinds["base"] = [kinds_of(config, models, models.reference)]
                 policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
                 kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
+    if not kinds:
+        raise ValueError(f"{RUNS} holds no run of claim {name}")
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
     prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
@@ -438,7 +463,7 @@ def main() -> None:
                 train(claim.preset, method, rate, "0")
         return
     for seed, method in itertools.product((arguments.seeds or claim.seeds).split(","), methods):
-        evaluate(claim, train(claim.preset, method, rate_of(claim.preset, method), seed))
+        evaluate(claim, method, rate_of(claim.preset, method), seed)
 
 
 if __name__ == "__main__":
