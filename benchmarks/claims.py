@@ -314,6 +314,21 @@ def online_passes_offline(claim: Claim) -> str:
                   "online samples are above it after epochs"], rows)
 
 
+def curves_lie_on_each_other(claim: Claim) -> str:
+    """The table of claim F: the two methods, seed by seed."""
+    rows = []
+    for seed in claim.seeds.split(","):
+        folders = [LOGS / name_of(claim.preset, *run, seed) for run in runs_of(claim)]
+        if len(folders) == 2 and all(folder.exists() for folder in folders):
+            curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
+            gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
+            half = len(gaps) // 2
+            rows.append([seed, f"{statistics.fmean(gaps[:half]):.4f}",
+                         f"{statistics.fmean(gaps[half:]):.4f}", f"{max(gaps):.4f}"])
+    return table(["seed", "mean distance of the rewards, first half of the epochs", "second half",
+                  "largest"], rows)
+
+
 def report() -> None:
     """Tables to benchmarks/claims/README.md, and the figures beside it."""
     text = """# The paper's claims in the small world
@@ -350,6 +365,7 @@ Mean reward over the last fifth of the epochs, seed 0.
         draw([claim], LOGS / f"{name}.png")
         text += f"## {name}\n\n{ends_table(claim)}{curves_table(claim)}"
         text += online_passes_offline(claim) if name == "D" else ""
+        text += curves_lie_on_each_other(claim) if name == "F" else ""
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
