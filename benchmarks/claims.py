@@ -338,7 +338,7 @@ how it was made fair, stands at the top of [claims.py](../claims.py). `clip` is 
 and `all_right` are the judge's. ± is the standard error over seeds. The first table of a claim is
 of evaluations, the second of the samples that training drew. A fall is the difference between the
 best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
-range.
+range; a dashed line is the mean of evaluations at the end of offline training.
 
 ## Learning rates
 
@@ -402,7 +402,14 @@ def draw(claims: list[Claim], file: Path) -> None:
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for run, folders in online_runs_of(claim).items():
+        for i, (run, folders) in enumerate(runs_of(claim).items()):
+            if run not in online_runs_of(claim):  # a level line at its end, by evaluation
+                for axes, term in zip(column, claim.curves.values(), strict=True):
+                    ends = [result[term]["finetuned"]["mean"]
+                            for result in results_of(folders, claim.world.prompts)]
+                    axes.axhline(statistics.fmean(ends), label=", ".join(run), color=f"C{i}",
+                                 linestyle="--")
+                continue
             curves = [read(folder) for folder in folders]
             config = json.loads((folders[0] / "config.json").read_text())
             images = config["prompts_per_epoch"] * config["images_per_prompt"]
@@ -411,9 +418,9 @@ def draw(claims: list[Claim], file: Path) -> None:
             for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
                 values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
                 means = list(map(statistics.fmean, values))
-                (line,) = axes.plot(drawn, means, label=", ".join(run))
+                axes.plot(drawn, means, label=", ".join(run), color=f"C{i}")
                 axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
-                                  color=line.get_color(), linewidth=0)
+                                  color=f"C{i}", linewidth=0)
                 axes.set_ylabel(f"{kind}: {term}")
         column[0].legend()
         column[0].set_title(claim.world.title)
