@@ -48,17 +48,19 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import shutil
 import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.distributions import Categorical
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -164,17 +166,16 @@ def call_prdp(*flags: str) -> None:
     subprocess.run([sys.executable, "prdp.py", *flags], cwd=ROOT, check=True)
 
 
-def train(preset: str, method: str, rate: str, seed: str, again: bool = False) -> Path:
-    """One run, if it has no logs yet or is wanted again, and its logs; returns their folder."""
+def train(preset: str, method: str, rate: str, seed: str, again: bool = False) -> None:
+    """One run, if it has no logs yet or is wanted again, and its logs."""
     name = name_of(preset, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
-    if not (logs / "metrics.jsonl").exists() or again:
+    if again or not (logs / "metrics.jsonl").exists():
         call_prdp(*flags_of(preset, method), "--learning_rate", rate, "--seed", seed,
                   "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(run / file, logs)
-    return logs
 
 
 def evaluation_of(prompts: str) -> str:
@@ -183,22 +184,23 @@ def evaluation_of(prompts: str) -> str:
 
 
 def evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
-    """Train, if that is not done yet, and evaluate."""
-    logs = train(claim.preset, method, rate, seed)
-    run = RUNS / logs.relative_to(LOGS)
-    names = map(evaluation_of, claim.world.prompts.split(","))
-    if missing := [name for name in names if not (logs / name).exists()]:
-        train(claim.preset, method, rate, seed, again=not run.exists())
+    """Train and evaluate, as far as that is not done yet."""
+    name = name_of(claim.preset, method, rate, seed)
+    run, logs = RUNS / name, LOGS / name
+    files = map(evaluation_of, claim.world.prompts.split(","))
+    missing = [file for file in files if not (logs / file).exists()]
+    train(claim.preset, method, rate, seed, again=bool(missing) and not run.exists())
+    if missing:
         call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.world.prompts,
                   "--samples_per_prompt", str(claim.world.samples), "--seed", "1000")
-        for name in missing:
-            shutil.copy(run / name, logs)
+        for file in missing:
+            shutil.copy(run / file, logs)
 
 
-def fifths(metrics: list[dict], term: str) -> list[float]:
-    """The mean of a reward in each fifth of the epochs; first ones that are too many are left out,
+def fifths(metrics: list[dict], key: str) -> list[float]:
+    """The mean of a metric in each fifth of the epochs; first ones that are too many are left out,
     as the first of 16."""
-    values, size = [line[f"reward/{term}"] for line in metrics], max(1, len(metrics) // 5)
+    values, size = [line[key] for line in metrics], max(1, len(metrics) // 5)
     return [statistics.fmean(values[start : start + size])
             for start in range(len(values) % size, len(values), size)]
 
@@ -206,7 +208,7 @@ def fifths(metrics: list[dict], term: str) -> list[float]:
 def sweep_ends(preset: str, method: str) -> dict[str, float]:
     """The reward at the end of the sweep's runs that are there, by learning rate."""
     folders = {rate: LOGS / name_of(preset, method, rate, "0") for rate in RATES}
-    return {rate: fifths(read(folder), "clip")[-1]
+    return {rate: fifths(read(folder), "reward/clip")[-1]
             for rate, folder in folders.items() if folder.exists()}
 
 
@@ -243,10 +245,12 @@ def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
     return runs
 
 
-def results_of(folders: list[Path], prompts: str) -> list[dict]:
-    """The evaluations on a set that are there."""
+def evaluated(folders: list[Path], prompts: str, term: str,
+              column: str = "finetuned") -> list[float]:
+    """A term's mean on a set, of each run whose evaluation is there."""
     files = [folder / evaluation_of(prompts) for folder in folders]
-    return [json.loads(file.read_text())["results"] for file in files if file.exists()]
+    return [json.loads(file.read_text())["results"][term][column]["mean"]
+            for file in files if file.exists()]
 
 
 def ends_table(claim: Claim) -> str:
@@ -257,17 +261,19 @@ def ends_table(claim: Claim) -> str:
     rows = []
     for run, folders in runs_of(claim).items():
         for prompts in claim.world.prompts.split(","):
-            results = results_of(folders, prompts)
-            cells = [mean_and_error([result[term][column]["mean"] for result in chosen])
-                     for term in claim.terms if results  # the base's is the same with every seed
-                     for column, chosen in (("base", results[:1]), ("finetuned", results))]
-            rows += [[", ".join(run), prompts, str(len(results)), *cells]] if results else []
+            cells = []
+            for term in claim.terms:
+                base, ends = (evaluated(folders, prompts, term, column)
+                              for column in ("base", "finetuned"))
+                if ends:  # the base's is the same with every seed
+                    cells += [mean_and_error(base[:1]), mean_and_error(ends)]
+            rows += [[", ".join(run), prompts, str(len(ends)), *cells]] if ends else []
     return table(header, rows)
 
 
-def online_runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
-    """Those of runs_of that have curves. The samples of offline training are the base's."""
-    return {run: folders for run, folders in runs_of(claim).items() if "offline" not in run[0]}
+def has_curves(method: str) -> bool:
+    """Whether training samples from the policy. The samples of offline training are the base's."""
+    return "--offline" not in METHODS[method][0]
 
 
 def curves_table(claim: Claim) -> str:
@@ -275,14 +281,15 @@ def curves_table(claim: Claim) -> str:
     header, rows = ["method, learning rate", "seeds"], []
     for term in claim.curves.values():
         header += [f"{term}: first fifth", "last", "largest fall"]
-    for run, folders in online_runs_of(claim).items():
-        row = [", ".join(run), str(len(folders))]
-        for term in claim.curves.values():
-            curves = [fifths(read(folder), term) for folder in folders]
-            row += [mean_and_error([curve[0] for curve in curves]),
-                    mean_and_error([curve[-1] for curve in curves]),
-                    f"{max(max(curve) - curve[-1] for curve in curves):.3f}"]
-        rows.append(row)
+    for (method, rate), folders in runs_of(claim).items():
+        if has_curves(method):
+            row = [f"{method}, {rate}", str(len(folders))]
+            for term in claim.curves.values():
+                curves = [fifths(read(folder), f"reward/{term}") for folder in folders]
+                row += [mean_and_error([curve[0] for curve in curves]),
+                        mean_and_error([curve[-1] for curve in curves]),
+                        f"{max(max(curve) - curve[-1] for curve in curves):.3f}"]
+            rows.append(row)
     return table(header, rows)
 
 
@@ -299,17 +306,17 @@ def kinds_table(file: Path) -> str:
 def online_passes_offline(claim: Claim) -> str:
     """The table of claim D."""
     rows = []
-    for method, rate in runs_of(claim):
-        for seed in claim.seeds.split(","):
-            offline, online = (LOGS / name_of(claim.preset, name, rate, seed)
-                               for name in (method, "PRDP"))
-            if "offline" in method and online.exists() and (
-                    results := results_of([offline], claim.world.prompts)):
-                end = results[0]["clip"]["finetuned"]["mean"]
-                explained = statistics.fmean(m["explained_variance"] for m in read(offline)[-3:])
-                curve = [line["reward/clip"] for line in read(online)]
-                passed = next((str(i) for i, mean in enumerate(curve) if mean > end), "never")
-                rows.append([rate, seed, f"{end:.3f}", f"{explained:.2f}", passed])
+    pairs = [(LOGS / name_of(claim.preset, method, rate, seed),
+              LOGS / name_of(claim.preset, "PRDP", rate, seed), rate, seed)
+             for method, rate in runs_of(claim) if not has_curves(method)
+             for seed in claim.seeds.split(",")]
+    for offline, online, rate, seed in pairs:
+        ends = evaluated([offline], claim.world.prompts, "clip")
+        if ends and online.exists():
+            explained = fifths(read(offline), "explained_variance")[-1]
+            curve = [line["reward/clip"] for line in read(online)]
+            passed = next((str(i) for i, mean in enumerate(curve) if mean > ends[0]), "never")
+            rows.append([rate, seed, f"{ends[0]:.3f}", f"{explained:.2f}", passed])
     return table(["learning rate", "seed", "offline training ends at", "explained variance there",
                   "online samples are above it after epochs"], rows)
 
@@ -352,13 +359,15 @@ Mean reward over the last fifth of the epochs, seed 0.
             rows.append([preset, method, *cells])
     text += table(["preset", "method", *RATES], rows)
     text += "## Share of the reward's variance that lies between prompts\n\n"
-    for preset in WORLDS:
-        runs = [read(folder) for folder in sorted(LOGS.glob(f"{preset}/PRDP-[124]e-4-seed[!0]"))]
-        shares = {"the base's samples": [metrics[0] for metrics in runs],
-                  "the last fifth of the epochs": sum((m[-(len(m) // 5):] for m in runs), [])}
-        text += f"With --preset {preset}, mean over PRDP's reported runs: " + ", ".join(
-            f"{statistics.fmean(m['between_prompt_variance'] for m in metrics):.2f} in {name}"
-            for name, metrics in shares.items()) + ".\n\n"
+    for claim in (CLAIMS["A"], CLAIMS["B"]):
+        runs = [read(folder) for (method, _), folders in runs_of(claim).items()
+                for folder in folders if method == "PRDP"]
+        shares = {"the base's samples": [metrics[0]["between_prompt_variance"] for metrics in runs],
+                  "the last fifth of the epochs": [
+                      fifths(metrics, "between_prompt_variance")[-1] for metrics in runs]}
+        means = [f"{statistics.fmean(values):.2f} in {name}" for name, values in shares.items()]
+        text += (f"With --preset {claim.preset}, mean over PRDP's reported runs: "
+                 f"{', '.join(means)}.\n\n")
     shown = {name: claim for name, claim in CLAIMS.items()
              if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
     for name, claim in shown.items():
@@ -402,30 +411,36 @@ def draw(claims: list[Claim], file: Path) -> None:
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for i, (run, folders) in enumerate(runs_of(claim).items()):
-            if run not in online_runs_of(claim):  # a level line at its end, by evaluation
-                for axes, term in zip(column, claim.curves.values(), strict=True):
-                    ends = [result[term]["finetuned"]["mean"]
-                            for result in results_of(folders, claim.world.prompts)]
-                    axes.axhline(statistics.fmean(ends), label=", ".join(run), color=f"C{i}",
-                                 linestyle="--")
-                continue
-            curves = [read(folder) for folder in folders]
-            config = json.loads((folders[0] / "config.json").read_text())
-            images = config["prompts_per_epoch"] * config["images_per_prompt"]
-            epochs = range(min(map(len, curves)))
-            drawn = [images * epoch for epoch in epochs]
-            for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
-                values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
-                means = list(map(statistics.fmean, values))
-                axes.plot(drawn, means, label=", ".join(run), color=f"C{i}")
-                axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
-                                  color=f"C{i}", linewidth=0)
-                axes.set_ylabel(f"{kind}: {term}")
+        for i, ((method, rate), folders) in enumerate(runs_of(claim).items()):
+            draw_method = draw_curves if has_curves(method) else draw_ends
+            draw_method(claim, folders, column, color=f"C{i}", label=f"{method}, {rate}")
+        for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
+            axes.set_ylabel(f"{kind}: {term}")
         column[0].legend()
         column[0].set_title(claim.world.title)
         column[1].set_xlabel("images drawn in training")
     figure.savefig(file, dpi=100)
+
+
+def draw_curves(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
+    """The mean over seeds and their range, against images drawn."""
+    curves = [read(folder) for folder in folders]
+    config = json.loads((folders[0] / "config.json").read_text())
+    images = config["prompts_per_epoch"] * config["images_per_prompt"]
+    epochs = range(min(map(len, curves)))
+    drawn = [images * epoch for epoch in epochs]
+    for axes, term in zip(column, claim.curves.values(), strict=True):
+        values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
+        axes.plot(drawn, list(map(statistics.fmean, values)), **style)
+        axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
+                          color=style["color"], linewidth=0)
+
+
+def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
+    """A level line at the mean of the evaluations, if there are any yet."""
+    for axes, term in zip(column, claim.curves.values(), strict=True):
+        if ends := evaluated(folders, claim.world.prompts, term):
+            axes.axhline(statistics.fmean(ends), linestyle="--", **style)
 
 
 def draw_samples(name: str) -> None:
@@ -433,35 +448,38 @@ def draw_samples(name: str) -> None:
     method, and how various the backgrounds and sizes are. It needs the runs themselves, which are
     not kept, and leaves out those that are not there."""
     claim, policies, kinds = CLAIMS[name], {}, {}
-    for run, folders in runs_of(claim).items():
-        for folder in (RUNS / logs.relative_to(LOGS) for logs in folders):
-            if folder.exists():
-                config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
-                models = prdp.load_models(config, torch.device("cpu"))
-                prdp.Run(str(folder)).load(config, models.policy.unet)
-                if not kinds:
-                    policies["base"] = models.reference
-                    kinds["base"] = [kinds_of(config, models, models.reference)]
-                policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
-                kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
-    if not kinds:
+    runs = [(run, RUNS / logs.relative_to(LOGS))
+            for run, folders in runs_of(claim).items() for logs in folders]
+    if not (runs := [(run, folder) for run, folder in runs if folder.exists()]):
         raise ValueError(f"{RUNS} holds no run of claim {name}")
+    for run, folder in runs:
+        config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
+        models = prdp.load_models(config, torch.device("cpu"))
+        prdp.Run(str(folder)).load(config, models.policy.unet)
+        if not kinds:
+            policies["base"] = models.reference
+            kinds["base"] = [kinds_of(config, models, models.reference)]
+        policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
+        kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
     prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
 
 
 def kinds_of(config: prdp.Config, models: prdp.Models, policy: prdp.Policy) -> dict[str, float]:
-    """The effective number, exp(entropy), of the kinds that the judge sees in 45 prompts x 6
-    samples. The prompts name the animal alone."""
+    """The effective number of the kinds that the judge sees in 45 prompts x 6 samples. The prompts
+    name the animal alone."""
     prompts = (ROOT / "prompts/animals.txt").read_text().splitlines()
     latents = prdp.sample_latents(config, models, policy, prompts, list(range(len(prompts))), 6)
     scenes = seen(models.decode(latents))
-    counts = {attribute: Counter(getattr(scene, attribute) for scene in scenes)
-              for attribute in ("background", "size")}
-    return {attribute: math.exp(sum(-count / len(scenes) * math.log(count / len(scenes))
-                                    for count in of_kinds.values()))
-            for attribute, of_kinds in counts.items()}
+    return {attribute: effective_number(getattr(scene, attribute) for scene in scenes)
+            for attribute in ("background", "size")}
+
+
+def effective_number(kinds: Iterable[str | None]) -> float:
+    """exp(entropy) of their frequencies."""
+    counts = torch.tensor(list(Counter(kinds).values()), dtype=torch.float64)
+    return Categorical(counts).entropy().exp().item()
 
 
 def main() -> None:
