@@ -698,7 +698,7 @@ class Run:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"--run_dir {self.folder}: another process is at work on it, or its "
-                             f"disk has no locks ({error}); give another --run_dir") from None
+                             f"disk has no locks ({error}); wait, or give another") from None
 
     def save(self, **state: object) -> None:
         """Write the checkpoint."""
