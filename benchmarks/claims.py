@@ -345,7 +345,8 @@ how it was made fair, stands at the top of [claims.py](../claims.py). `clip` is 
 and `all_right` are the judge's. ± is the standard error over seeds. The first table of a claim is
 of evaluations, the second of the samples that training drew. A fall is the difference between the
 best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
-range; a dashed line is the mean of evaluations at the end of offline training.
+range; a dashed line is the mean of evaluations at the end of offline training. Pictures of samples
+are of a method's first seed.
 
 ## Learning rates
 
