@@ -41,7 +41,8 @@ I  H for five times as many epochs: no fall.
 Said after the runs began. H's prediction was written after its first run. DDPO makes 4 updates an
 epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
 sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
-runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's.
+runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's. I ran as
+two processes, of which its hours count one.
 """
 
 import argparse
