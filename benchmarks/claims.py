@@ -41,8 +41,7 @@ I  H for five times as many epochs: no fall.
 Said after the runs began. H's prediction was written after its first run. DDPO makes 4 updates an
 epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
 sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
-runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's. I ran as
-two processes, of which its hours count one.
+runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's.
 """
 
 import argparse
@@ -382,7 +381,8 @@ Mean reward over the last fifth of the epochs, seed 0.
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
     if {"A", "B"} <= shown.keys():
         draw([shown["A"], shown["B"]], LOGS / "A-and-B.png")
-    text += f"## What it cost\n\n{costs_table()}"
+    text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
+    text += costs_table()
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
 
