@@ -86,7 +86,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from prompts.sets import explain, load_prompts, report_cut
+from prompts.sets import UserError, explain, load_prompts, report_cut
 from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
@@ -347,7 +347,7 @@ class Trajectories:
 def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer,
               prompts: list[str], epoch: int, history: dict[str, list[float]]) -> dict:
     """One epoch of Algorithm 1; returns its metrics. history: past rewards, see ddpo_advantages.
-    Raises ValueError for a reward or a gradient that is not finite, before the weights see it."""
+    Raises UserError for a reward or a gradient that is not finite, before the weights see it."""
     trajectories = collect_epoch(config, models, prompts, epoch, history)
     with timed(trajectories.seconds, "seconds_updating"):
         updates = update_policy(config, models.policy, optimizer, trajectories)
@@ -357,7 +357,7 @@ def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
                   history: dict[str, list[float]]) -> Trajectories:
     """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
-    Prompts and noise depend on (seed, epoch, prompt, image, step) alone, not on the processes."""
+    Noise depends on seed, epoch, the prompt's index, image and step alone, not on processes."""
     key, size, seconds = f"{config.seed}/{epoch}", config.micro_batch_size, {}
     epoch_prompts = pick_prompts(prompts, config.prompts_per_epoch, key)  # N
     mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
@@ -386,8 +386,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         rewards = gather(models.reward.total(terms).view(shape[:2]))  # (N, B)
     for prompt, of_prompt in zip(epoch_prompts, rewards, strict=True):
         if not of_prompt.isfinite().all():
-            raise ValueError(f"epoch {epoch + 1}: --reward {config.reward} is {of_prompt.tolist()} "
-                             f"for {prompt!r}; nothing of this epoch is saved")
+            raise UserError(f"epoch {epoch + 1}: --reward {config.reward} is {of_prompt.tolist()} "
+                            f"for {prompt!r}; nothing of this epoch is saved")
 
     advantages = None
     if config.objective == "ddpo":
@@ -406,19 +406,20 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
 
     The loss couples all T steps and B images of a prompt, yet its graph must not grow with them. So
     (1) all log-probs without a graph; (2) the loss and its gradient on that small tensor; (3) for
-    each (image, step) alone, a forward with a graph and a backward that starts from its entry of
-    the gradient. By the chain rule this is exact. Returns means over the K updates and processes.
+    micro-batches of (image, step) a forward with a graph and a backward that starts from their part
+    of the gradient. By the chain rule this is exact. Returns means over K updates and processes.
     """
     old, statistics = trajectories.log_probs_old, []
     weights = list(trained_weights(policy.unet).values())
     mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
     for k in range(config.updates_per_epoch):
         part = images_of_update(config, k)[mine].to(old.device)  # (n, B)
+        images = slice(None) if part.all() else part.flatten()  # of (n * B); a slice copies nothing
         log_probs = old.clone()  # (n, B, T); at k = 0 the policy still is the old one
         if k > 0:
             log_probs[part] = trajectory_log_probs(
-                policy, trajectories.prompt_embeds[part.flatten()],
-                trajectories.latents[part.flatten()], config.micro_batch_size)  # (1)
+                policy, trajectories.prompt_embeds[images], trajectories.latents[images],
+                config.micro_batch_size)  # (1)
         loss = objective_loss(config, log_probs.requires_grad_(), trajectories, part)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
         backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
@@ -426,8 +427,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         average_gradients(weights)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
-            raise ValueError(f"update {k + 1}: the gradient's norm is {grad_norm}; nothing of this "
-                             "epoch is saved")
+            raise UserError(f"update {k + 1}: the gradient's norm is {grad_norm}; nothing is saved")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
@@ -560,7 +560,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images.
 
     Its networks are loaded one by one, because a pipeline's own loader fills missing weights with
-    random numbers. Raises ValueError for what cannot be loaded or trained, naming what is wrong.
+    random numbers. Raises UserError for what cannot be loaded or trained, naming what is wrong.
     """
     model = config.model
     try:
@@ -576,11 +576,11 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
         prediction = schedule.get("prediction_type", "epsilon")
         if (unet.config.time_cond_proj_dim or "beta_schedule" not in schedule
                 or prediction not in ("epsilon", "v_prediction")):
-            raise ValueError("it is a consistency model, its schedule is not one of betas, or it "
-                             f"predicts {prediction!r}, neither epsilon nor v_prediction")
+            raise ValueError("it must predict epsilon or v_prediction with a schedule of betas and "
+                             f"be no consistency model; it predicts {prediction!r}")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise ValueError(f"--model {model} cannot be used ({explain(error)}); see Models in the "
-                         "README") from None
+        raise UserError(f"--model {model} cannot be used ({explain(error)}); see Models in the "
+                        "README") from None
     # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
     # With steps_offset 1 the last step is from t = 1 to 0.
     scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1,
@@ -588,7 +588,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
     if (spacing := schedule.get("timestep_spacing", "leading")) != "leading":
         say(f"{model}: DDIM with leading timesteps and guidance replaces its {spacing} sampler")
     if config.num_steps >= (train_steps := len(scheduler.betas)):
-        raise ValueError(f"--num_steps {config.num_steps}: must be less than {train_steps}")
+        raise UserError(f"--num_steps {config.num_steps}: must be less than {train_steps}")
     scheduler.set_timesteps(config.num_steps)
     if (start := scheduler.timesteps[0].item()) < 0.9 * train_steps:
         say(f"--num_steps {config.num_steps} starts at t = {start}; 10, 20, 25 or 50 start higher")
@@ -612,7 +612,7 @@ def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- §7 Distributed
-# The only section that knows torch.distributed. Without torchrun there is a world of one.
+# All that knows torch.distributed, but for main's end. Without torchrun there is a world of one.
 
 
 def start_distributed() -> torch.device:
@@ -684,7 +684,7 @@ MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointi
 
 class Run:
     """A run's folder. Its one precious file is the checkpoint, which is written aside, flushed and
-    renamed: a kill or a full disk leaves the one before. All else is written again from it."""
+    renamed: a kill or a full disk leaves the one before. Metrics and weights come from it."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
@@ -697,8 +697,8 @@ class Run:
         try:
             fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"--run_dir {self.folder}: another process is at work on it, or its "
-                             f"disk has no locks ({error}); wait, or give another") from None
+            raise UserError(f"--run_dir {self.folder}: another process is at work on it, or its "
+                            f"disk has no locks ({error}); wait, or give another") from None
 
     def save(self, **state: object) -> None:
         """Write the checkpoint."""
@@ -710,27 +710,30 @@ class Run:
         aside.replace(self.checkpoint)
 
     def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
-        """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
-        ValueError if it is damaged, does not fit unet, or has flags that may not differ."""
-        if not self.checkpoint.exists():
-            return {"metrics": [], "history": {}}
+        """The checkpoint, whose weights go to unet; without one, a new run's state. UserError if
+        it is damaged, does not fit, has other flags, or is not the same in all processes."""
+        state = {"metrics": [], "history": {}, "weights": {}, "config": asdict(config)}
+        device = next(unet.parameters()).device
         try:
-            if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load checks no checksums
-                raise ValueError(f"its part {part} is damaged")
-            # Mapped, as each process of a machine with GPUs would hold a copy of its own.
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
-                               mmap=unet.device.type == "cuda")
+            if self.checkpoint.exists():
+                if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load does not look
+                    raise ValueError(f"its part {part} is damaged")
+                # Mapped if it goes to a GPU, else each process of the machine would hold a copy.
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
+                                   mmap=device.type == "cuda")
             unet.load_state_dict(unet.state_dict() | state.pop("weights"))
             then, now = state["config"], asdict(config)
         except Exception as error:  # what a damaged file, or one with code in it, can raise
-            raise ValueError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
-                             f"--lora_rank ({explain(error)}); restore it, or give another "
-                             "--run_dir") from None
+            raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
+                            f"--lora_rank ({explain(error)}); give another --run_dir") from None
         changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
                    if name not in MAY_CHANGE and then.get(name) != now[name]]
         if changed and config.evaluate is None:
-            raise ValueError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
-                             "the same flags, or another --run_dir")
+            raise UserError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
+                            "the same flags, or another --run_dir")
+        if len(gather(torch.tensor([len(state["metrics"])], device=device)).unique()) > 1:
+            raise UserError(f"{self.checkpoint} is not the same in all processes; give a folder "
+                            "that all machines share, or wait for the run that is at work on it")
         return state
 
     def write_json(self, name: str, *lines: dict, indent: int | None = None) -> None:
@@ -771,8 +774,8 @@ class Run:
 def train(config: Config, device: torch.device) -> None:
     """Algorithm 1's epochs, and what they leave on disk."""
     if config.prompts_per_epoch % world_size():
-        raise ValueError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
-                         f"{world_size()} processes; change one of the two")
+        raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
+                        f"{world_size()} processes; change one of the two")
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
@@ -784,9 +787,6 @@ def train(config: Config, device: torch.device) -> None:
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
     state = run.load(config, policy.unet)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
-    if len(gather(torch.tensor([len(metrics)], device=device)).unique()) > 1:
-        raise ValueError(f"--run_dir {run.folder}: its checkpoint is not the same on all machines; "
-                         "give a folder that they share")
     if metrics:
         optimizer.load_state_dict(state.pop("optimizer"))
         say(f"continuing {run.folder} after epoch {len(metrics)}")
@@ -817,7 +817,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics over all processes; predictions are of the policy before its updates."""
+    """An epoch's metrics over all processes, but rank 0's times; of the policy before updating."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
@@ -845,7 +845,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Note the block's wall time, the GPU's work included, as seconds[phase]."""
     started = time.perf_counter()
     yield
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     seconds[phase] = time.perf_counter() - started
 
@@ -903,7 +903,7 @@ def evaluate(config: Config, device: torch.device) -> None:
     if not is_base:
         policies["finetuned"] = models.policy
         if not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
-            raise ValueError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
+            raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum"]  # R of them
     for prompt_set, prompts in prompt_sets.items():
@@ -961,10 +961,10 @@ LEAST = dict(seed=-math.inf, guidance_scale=-math.inf, tracker_size=0, lora_rank
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Flags beat an objective's defaults, and those the preset's. With --evaluate they beat the
-    run's flags. Raises ValueError naming the flag."""
+    run's flags. Raises UserError naming the flag."""
 
     def fail(message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains the flags")
+        raise UserError(f"{message}; --help explains the flags")
 
     parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False,
                               description=__doc__.partition("\n")[0])
@@ -1013,7 +1013,7 @@ def main() -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = (f"{device} is out of memory; lower --micro_batch_size, add "
                      "--gradient_checkpointing, or begin another --run_dir with --lora_rank")
-        elif not isinstance(error, (ValueError, OSError)):
+        elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
             error = explain(error)  # the disk, if that is behind it
         sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")

@@ -45,7 +45,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from prompts.sets import explain, split_list
+from prompts.sets import UserError, explain, split_list
 
 # Else transformers posts the id of a repository without safetensors to a service that converts its
 # weights, and then downloads them a second time.
@@ -66,7 +66,7 @@ class Reward:
 
         images: (P, 3, H, W) float in [0, 1]; prompts: P strings. Returns name -> (P,) float32, in
         the scorer's own unit, NaN for an image that is not finite. Raises RuntimeError if a scorer
-        fails, ValueError if it returns other than P numbers; both name it. No scorer can change
+        fails, UserError if it returns other than P numbers; both name it. No scorer can change
         what another one sees.
         """
         is_finite = images.isfinite().flatten(1).all(1)  # (P,); in 8 bits NaN would be black
@@ -80,8 +80,8 @@ class Reward:
                 score = torch.as_tensor(score).detach()
                 found = f"shape {tuple(score.shape)}"
             if found != f"shape ({len(prompts)},)":
-                raise ValueError(f"reward {name!r} returned {found}; it must return one number an "
-                                 f"image, shape ({len(prompts)},)")
+                raise UserError(f"reward {name!r} returned {found}; it must return one number an "
+                                f"image, shape ({len(prompts)},)")
             scores[name] = score.to(images.device, torch.float32).where(is_finite, math.nan)
         return scores
 
@@ -97,7 +97,7 @@ class Reward:
 def load_reward(spec: str, device: torch.device | str) -> Reward:
     """Build the reward of a spec (see the module's docstring), its networks on `device`.
 
-    Raises ValueError for a spec that is not clear and for weights that cannot be loaded,
+    Raises UserError for a spec that is not clear and for weights that cannot be loaded,
     RuntimeError for a reward file that fails. Both name the scorer.
     """
     load_module.cache_clear()  # a notebook's user edits the file and loads it again
@@ -109,14 +109,14 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
             if factory is load_function or isinstance(error, torch.OutOfMemoryError):
                 raise
             hint = "" if ":" in scorer else f"; a local copy is given as {scorer}:PATH"
-            raise ValueError(
+            raise UserError(
                 f"--reward {scorer} cannot be loaded ({explain(error)}){hint}") from error
     return Reward(scorers, weights)
 
 
 def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
     """The terms of a spec, by the name under which each is logged: what stands in the spec, its
-    factory and its weight. It loads nothing. Raises ValueError for a spec that is not clear."""
+    factory and its weight. It loads nothing. Raises UserError for a spec that is not clear."""
     parsed, items = {}, split_list(spec, "--reward")
     try:
         for item in items:
@@ -135,7 +135,7 @@ def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
         if not 0 < sum(abs(weight) for _, _, weight in parsed.values()) < math.inf:
             raise ValueError("weights must be finite, and at least one of them not 0")
     except ValueError as error:
-        raise ValueError(f"--reward {spec}: {error}") from None
+        raise UserError(f"--reward {spec}: {error}") from None
     return parsed
 
 
@@ -267,12 +267,12 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
     """FUNCTION of FILE.py, which gets float images in [0, 1]."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise ValueError(f"--reward {spec}: there is no file {file}")
+        raise UserError(f"--reward {spec}: there is no file {file}")
     with contained(f"--reward {spec}: {file}", device):
         module = load_module(Path(file).resolve())
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"--reward {spec}: there is no function {name!r} in {file}")
+        raise UserError(f"--reward {spec}: there is no function {name!r} in {file}")
     return lambda images, prompts: function(images / 255, prompts)
 
 

@@ -43,10 +43,14 @@ NAMES = [*SETS, *SAMPLES, *MADE]
 COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
 
 
+class UserError(ValueError):
+    """What the user can mend: prdp.py prints its sentence alone, other errors with a traceback."""
+
+
 def load_prompts(sources: str, say: Callable[[str], None]) -> dict[str, list[str]]:
     """The prompts of each set of a list, by its name, or of each file, by its name's stem.
 
-    It tells `say` what was read and left out. Raises ValueError naming --prompts.
+    It tells `say` what was read and left out. Raises UserError naming --prompts.
     """
     prompt_sets = {}
     for source in split_list(sources, "--prompts"):
@@ -67,7 +71,7 @@ def report_cut(prompts: list[str], tokenizer: Callable, say: Callable[[str], Non
 
 def read_prompts(source: str) -> tuple[list[str], str]:
     """The distinct prompts of a file or a named set in their order, and a sentence on what was
-    read and left out. Raises ValueError naming --prompts."""
+    read and left out. Raises UserError naming --prompts."""
     try:
         lines = read_set(source) if source in NAMES else read_file(Path(source))
         if any("\0" in line for line in lines):
@@ -76,12 +80,12 @@ def read_prompts(source: str) -> tuple[list[str], str]:
         hint = f"; it is not one of the sets {', '.join(NAMES)}" * (not Path(source).exists())
         if source in NAMES:
             hint = f"; elsewhere `python -m prompts.sets {source} FILE` makes a file of them"
-        raise ValueError(f"--prompts {source} cannot be read ({explain(error)}){hint}") from error
+        raise UserError(f"--prompts {source} cannot be read ({explain(error)}){hint}") from error
     lines = [line.strip() for line in lines]
     filled = [line for line in lines if 0 < len(line) <= 10_000]  # else encoding takes seconds
     distinct = list(dict.fromkeys(filled))
     if not distinct:
-        raise ValueError(f"--prompts {source}: there is no prompt in it; write one a line")
+        raise UserError(f"--prompts {source}: there is no prompt in it; write one a line")
     blank = lines.count("")
     said = (f"{source}: {len(distinct)} prompts; left out {blank} blank and "
             f"{len(filled) - len(distinct)} repeated lines")
@@ -166,15 +170,15 @@ def download(dataset: str, pattern: str) -> list[str]:
 
 def split_list(text: str, flag: str) -> list[str]:
     """The items of a flag that takes several, by the csv format's rule: commas separate items, and
-    an item that has a comma in it stands in double quotes. Raises ValueError for an empty item."""
+    an item that has a comma in it stands in double quotes. Raises UserError for an empty item."""
     try:
         items = next(csv.reader([text], skipinitialspace=True, strict=True), [])
     except csv.Error as error:
-        raise ValueError(f"{flag} {text}: its quotes are not clear ({error})") from None
+        raise UserError(f"{flag} {text}: its quotes are not clear ({error})") from None
     items = [item.strip() for item in items]
     if not items or "" in items:
-        raise ValueError(f"{flag} {text}: it has an empty item; commas separate items, and an item "
-                         'that has a comma in it stands in "double quotes"')
+        raise UserError(f"{flag} {text}: it has an empty item; commas separate items, and an item "
+                        'that has a comma in it stands in "double quotes"')
     return items
 
 
