@@ -563,7 +563,7 @@ def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(d
     ref[1, 2, 3] = math.nan
     latents[0, 2] = math.inf
     for change in ({"log_probs_ref": ref}, {"latents": latents}):
-        with pytest.raises(ValueError, match="update 1: the gradient's norm is nan; nothing is saved"):
+        with pytest.raises(ValueError, match="update 1: .* norm is nan; nothing is saved"):
             prdp.update_policy(config, policy, optimizer, replace(trajectories, **change))
         optimizer.zero_grad()
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
