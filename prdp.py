@@ -127,8 +127,8 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
     lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    # bf16 changes a log-prob more than an update does (5.6e-3 and 2.8e-3 on demo/model). It harms
-    # where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
+    # bf16 changes a log-prob more than an update does (5.6e-3, 2.8e-3: demo/model on a CPU). That
+    # harms where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
         "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
@@ -372,8 +372,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
                              for i, j in indices])  # (P, T+1, C, H, W)
         embeds = models.encode_prompts([epoch_prompts[i] for i in mine])  # (n, L, F)
         embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, F)
-        sampler = models.reference if config.offline else models.policy
-        latents, log_probs = sample_trajectories(sampler, embeds, noise, size)
+        sampling_policy = models.reference if config.offline else models.policy
+        latents, log_probs = sample_trajectories(sampling_policy, embeds, noise, size)
         log_probs_old, log_probs_ref = log_probs.view(shape), None  # (n, B, T)
         if config.offline:
             log_probs_ref, log_probs_old = log_probs_old, log_probs_under(models.policy)

@@ -347,7 +347,7 @@ and `all_right` are the judge's. ± is the standard error over seeds. The first 
 of evaluations, the second of the samples that training drew. A fall is the difference between the
 best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
 range; a dashed line is the mean of evaluations at the end of offline training. Pictures of samples
-are of a method's first seed.
+are of one seed of each method.
 
 ## Learning rates
 
