@@ -410,13 +410,17 @@ def costs_table() -> str:
 
 def draw(claims: list[Claim], file: Path) -> None:
     """A column for each claim: reward above, judge below, against images drawn; the mean over seeds
-    and their range."""
+    and their range. A method has one colour everywhere, and a line style for each of its rates."""
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for i, ((method, rate), folders) in enumerate(runs_of(claim).items()):
+        rates = Counter()
+        for (method, rate), folders in runs_of(claim).items():
             draw_method = draw_curves if has_curves(method) else draw_ends
-            draw_method(claim, folders, column, color=f"C{i}", label=f"{method}, {rate}")
+            lines = ("-", ":") if has_curves(method) else ("--", "-.")
+            draw_method(claim, folders, column, color=f"C{list(METHODS).index(method)}",
+                        linestyle=lines[rates[method]], label=f"{method}, {rate}")
+            rates[method] += 1
         for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
             axes.set_ylabel(f"{kind}: {term}")
         column[0].legend()
@@ -443,7 +447,7 @@ def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style
     """A level line at the mean of the evaluations, if there are any yet."""
     for axes, term in zip(column, claim.curves.values(), strict=True):
         if ends := evaluated(folders, claim.world.prompts, term):
-            axes.axhline(statistics.fmean(ends), linestyle="--", **style)
+            axes.axhline(statistics.fmean(ends), **style)
 
 
 def draw_samples(name: str) -> None:
