@@ -357,7 +357,7 @@ def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
                   history: dict[str, list[float]]) -> Trajectories:
     """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
-    Noise depends on seed, epoch, the prompt's index, image and step alone, not on processes."""
+    Prompts and noise depend on seed, epoch, indices and step alone, not on the processes."""
     key, size, seconds = f"{config.seed}/{epoch}", config.micro_batch_size, {}
     epoch_prompts = pick_prompts(prompts, config.prompts_per_epoch, key)  # N
     mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
@@ -427,7 +427,8 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         average_gradients(weights)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         if not grad_norm.isfinite():
-            raise UserError(f"update {k + 1}: the gradient's norm is {grad_norm}; nothing is saved")
+            raise UserError(f"update {k + 1}: the gradient's norm is {grad_norm}; nothing of this "
+                            "epoch is saved")
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
@@ -710,19 +711,19 @@ class Run:
         aside.replace(self.checkpoint)
 
     def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
-        """The checkpoint, whose weights go to unet; without one, a new run's state. UserError if
-        it is damaged, does not fit, has other flags, or is not the same in all processes."""
-        state = {"metrics": [], "history": {}, "weights": {}, "config": asdict(config)}
-        device = next(unet.parameters()).device
+        """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
+        UserError if it is damaged, does not fit, has other flags, or differs between processes."""
+        state, device = {"metrics": [], "history": {}}, next(unet.parameters()).device
+        then = now = asdict(config)
         try:
             if self.checkpoint.exists():
                 if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load does not look
                     raise ValueError(f"its part {part} is damaged")
-                # Mapped if it goes to a GPU, else each process of the machine would hold a copy.
+                # Mapped on its way to a GPU, so that a machine's processes hold no copy each.
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
                                    mmap=device.type == "cuda")
-            unet.load_state_dict(unet.state_dict() | state.pop("weights"))
-            then, now = state["config"], asdict(config)
+                unet.load_state_dict(unet.state_dict() | state.pop("weights"))
+                then = state["config"]
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another --run_dir") from None
@@ -817,7 +818,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics over all processes, but rank 0's times; of the policy before updating."""
+    """An epoch's metrics over all processes (times are rank 0's), of the policy before updating."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,

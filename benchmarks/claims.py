@@ -416,8 +416,8 @@ def draw(claims: list[Claim], file: Path) -> None:
                              strict=True):
         rates = Counter()
         for (method, rate), folders in runs_of(claim).items():
-            draw_method = draw_curves if has_curves(method) else draw_ends
-            lines = ("-", ":") if has_curves(method) else ("--", "-.")
+            draw_method, lines = ((draw_curves, ("-", ":")) if has_curves(method) else
+                                  (draw_ends, ("--", "-.")))
             draw_method(claim, folders, column, color=f"C{list(METHODS).index(method)}",
                         linestyle=lines[rates[method]], label=f"{method}, {rate}")
             rates[method] += 1
