@@ -49,7 +49,7 @@ Deviations from the paper
  4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing). An update
     without any gradient is skipped.
  5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
- 6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1, see --precision.
+ 6. On a GPU the UNet computes in bfloat16 at K = 1, and at K > 1 all but the rewards in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 """
 
@@ -104,15 +104,13 @@ class Config:
     preset: Literal["small", "large", "multi", "demo", "demo-large"] = HfArg(
         default="small", help="where defaults come from")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
-    prompts: str = HfArg(default="prompts/animals.txt", help="file or named set, see "
-                         "prompts/sets.py, or several with commas between")
+    prompts: str = HfArg(default="prompts/animals.txt", help="files or sets, see prompts/sets.py")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     objective: Literal["prdp", "ddpo", "grpo", "rloo"] = HfArg(
         default="prdp", help="prdp, or a baseline: ddpo, which is the paper's, grpo, rloo; see §3")
     tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
-    run_dir: str | None = HfArg(default=None, help="output folder, continued if it is there; if "
-                                "not given, runs/PRESET-REWARD")
+    run_dir: str | None = HfArg(default=None, help="to begin or continue; runs/PRESET-REWARD")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch")
@@ -129,8 +127,8 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     # bf16 changes a log-prob more than an update does (5.6e-3, 2.8e-3: demo/model on a CPU). That
     # harms where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
-    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
-        "if not given, on a GPU bf16 for K = 1, else tf32, and on a CPU float32")
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet, "
+        "tf32 of all but rewards; if not given, on a GPU bf16 for K = 1, else tf32; CPU: float32")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     evaluate: str | None = HfArg(default=None, help="a run's folder, against its base; or: base")
@@ -199,12 +197,12 @@ class Policy:
     scheduler: DDIMScheduler  # after set_timesteps(T)
     negative_embeds: Tensor  # (1, L, F)
     guidance_scale: float
-    precision: str = "float32"
+    is_bf16: bool = False
     is_reference: bool = False
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
-        with torch.autocast(latents.device.type, torch.bfloat16, self.precision == "bf16"):
+        with torch.autocast(latents.device.type, torch.bfloat16, self.is_bf16):
             noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
                                        self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
@@ -222,14 +220,16 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, mi
     timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
     latents = noise.to(prompt_embeds.device, copy=not is_recorded)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    with in_use(policy):
-        for images in micro_batches(len(latents), micro_batch_size, "denoising"):
-            x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
-            for i, t in enumerate(timesteps):
-                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-                if not is_recorded:
-                    x[:, i + 1] = mean + std * x[:, i + 1]
-                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    policy.unet.to(latents.device)
+    for images in micro_batches(len(latents), micro_batch_size, "denoising"):
+        x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
+        for i, t in enumerate(timesteps):
+            mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+            if not is_recorded:
+                x[:, i + 1] = mean + std * x[:, i + 1]
+            log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    if policy.is_reference:  # it leaves the GPU's memory to the policy's gradients
+        policy.unet.to("cpu")
     return latents, log_probs
 
 
@@ -359,10 +359,12 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
     Prompts and noise depend on seed, epoch, indices and step alone, not on the processes."""
     key, size, seconds = f"{config.seed}/{epoch}", config.micro_batch_size, {}
-    epoch_prompts = pick_prompts(prompts, config.prompts_per_epoch, key)  # N
-    mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
-    indices = list(itertools.product(mine, range(config.images_per_prompt)))  # P = n * B
-    shape = (len(mine), config.images_per_prompt, -1)  # as which (P, ...) is seen per prompt
+    N, B = config.prompts_per_epoch, config.images_per_prompt
+    enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N of them
+    epoch_prompts = random.Random(key).sample(enough, N)
+    mine = my_share(N)  # n of the indices 0..N-1
+    indices = list(itertools.product(mine, range(B)))  # P = n * B
+    shape = (len(mine), B, -1)  # as which (P, ...) is seen per prompt
 
     def log_probs_under(policy: Policy) -> Tensor:  # (n, B, T)
         return trajectory_log_probs(policy, embeds, latents, size).view(shape)
@@ -371,7 +373,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         noise = torch.stack([make_noise(f"{key}/{i}/{j}", config.num_steps, models.latent_shape)
                              for i, j in indices])  # (P, T+1, C, H, W)
         embeds = models.encode_prompts([epoch_prompts[i] for i in mine])  # (n, L, F)
-        embeds = embeds.repeat_interleave(config.images_per_prompt, 0)  # (P, L, F)
+        embeds = embeds.repeat_interleave(B, 0)  # (P, L, F)
         sampling_policy = models.reference if config.offline else models.policy
         latents, log_probs = sample_trajectories(sampling_policy, embeds, noise, size)
         log_probs_old, log_probs_ref = log_probs.view(shape), None  # (n, B, T)
@@ -468,13 +470,12 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
     """
     latents, timesteps = trajectories.latents, policy.scheduler.timesteps.to(grad.device)
     entries = grad.nonzero()  # (M, 2)
-    with in_use(policy):
-        for batch in micro_batches(len(entries), micro_batch_size, "updating"):
-            image, step = entries[batch].unbind(1)  # (P,) each
-            mean, std = policy.mean_std(latents[image, step], timesteps[step],
-                                        trajectories.prompt_embeds[image])
-            log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
-            log_probs.backward(grad[image, step])
+    for batch in micro_batches(len(entries), micro_batch_size, "updating"):
+        image, step = entries[batch].unbind(1)  # (P,) each
+        mean, std = policy.mean_std(latents[image, step], timesteps[step],
+                                    trajectories.prompt_embeds[image])
+        log_probs = gaussian_log_prob(latents[image, step + 1], mean, std)  # (P,)
+        log_probs.backward(grad[image, step])
 
 
 # --------------------------------------------------------------------------------------- §5 Models
@@ -512,19 +513,6 @@ class Models:
         return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
 
-@contextlib.contextmanager
-def in_use(policy: Policy) -> Iterator[None]:
-    """Around a policy's UNet calls: TF32 if it is wanted, and the weights on the GPU. The
-    reference's wait in the CPU's memory."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    matmul.allow_tf32 = cudnn.allow_tf32 = policy.precision == "tf32"
-    policy.unet.to(policy.negative_embeds.device)
-    yield
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    if policy.is_reference:
-        policy.unet.to("cpu")
-
-
 def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
     """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
@@ -536,7 +524,7 @@ def load_models(config: Config, device: torch.device) -> Models:
     in eval mode for good: dropout would make the policy another than the one that sampled."""
     reward, pipeline = load_reward(config.reward, device), load_pipeline(config).to(device)
     unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last))
-    pipeline.unet.requires_grad_(False).to("cpu")
+    pipeline.unet.to("cpu")
     unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
     if config.lora_rank:
         from peft import LoraConfig
@@ -550,8 +538,10 @@ def load_models(config: Config, device: torch.device) -> Models:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     default = "bf16" if has_bf16 and config.updates_per_epoch == 1 else "tf32"  # on a CPU float32
     precision = config.precision or default
+    # For the VAE and the text encoder too. Rewards switch it off while they compute.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
-    shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision
+    shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision == "bf16"
     shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
     return Models(Policy(unet.eval(), *shared), Policy(pipeline.unet, *shared, is_reference=True),
                   pipeline, shape, reward)
@@ -599,11 +589,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
 
 
 # ---------------------------------------------------------------------------- §6 Prompts and noise
-
-
-def pick_prompts(prompts: list[str], count: int, key: str) -> list[str]:
-    """`count` of the prompts, none twice while there are enough; a function of the key."""
-    return random.Random(key).sample(prompts * math.ceil(count / len(prompts)), count)
 
 
 def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
@@ -713,8 +698,8 @@ class Run:
     def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
         """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
         UserError if it is damaged, does not fit, has other flags, or differs between processes."""
-        state, device = {"metrics": [], "history": {}}, next(unet.parameters()).device
-        then = now = asdict(config)
+        state = {"config": asdict(config), "metrics": [], "history": {}}
+        device = next(unet.parameters()).device
         try:
             if self.checkpoint.exists():
                 if part := zipfile.ZipFile(self.checkpoint).testzip():  # torch.load does not look
@@ -723,12 +708,11 @@ class Run:
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
                                    mmap=device.type == "cuda")
                 unet.load_state_dict(unet.state_dict() | state.pop("weights"))
-                then = state["config"]
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another --run_dir") from None
-        changed = [f"--{name} {then.get(name)} and not {now[name]}" for name in now
-                   if name not in MAY_CHANGE and then.get(name) != now[name]]
+        changed = [f"--{name} {then} and not {now}" for name, now in asdict(config).items()
+                   if (then := state["config"].get(name)) != now and name not in MAY_CHANGE]
         if changed and config.evaluate is None:
             raise UserError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
                             "the same flags, or another --run_dir")
@@ -753,11 +737,10 @@ class Run:
         axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
         figure.savefig(self.folder / "reward.png", dpi=120)
 
-    def save_weights(self, unet: UNet2DConditionModel) -> str:
-        """unet/, or with LoRA lora/, as diffusers loads them; returns the Python for that."""
-        is_lora = hasattr(unet, "peft_config")
-        folder = (self.folder / ("lora" if is_lora else "unet")).absolute()
-        if is_lora:
+    def save_weights(self, unet: UNet2DConditionModel) -> None:
+        """unet/, or with LoRA lora/, as diffusers loads them."""
+        folder = self.folder / ("lora" if hasattr(unet, "peft_config") else "unet")
+        if folder.name == "lora":
             from peft import get_peft_model_state_dict
 
             StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
@@ -765,8 +748,6 @@ class Run:
             unet.save_pretrained(folder)
         for file in folder.iterdir():  # safetensors makes files that others cannot read
             file.chmod(self.checkpoint.stat().st_mode)
-        return (f"pipe.load_lora_weights({str(folder)!r})" if is_lora else
-                f"pipe.unet = UNet2DConditionModel.from_pretrained({str(folder)!r})")
 
 
 # --------------------------------------------------------------------- §9 Train, evaluate and main
@@ -775,8 +756,8 @@ class Run:
 def train(config: Config, device: torch.device) -> None:
     """Algorithm 1's epochs, and what they leave on disk."""
     if config.prompts_per_epoch % world_size():
-        raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch} cannot be divided among "
-                        f"{world_size()} processes; change one of the two")
+        raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch}: must be a multiple of "
+                        f"the {world_size()} processes")
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
@@ -809,12 +790,12 @@ def train(config: Config, device: torch.device) -> None:
                          optimizer=optimizer.state_dict())
             run.write_metrics(metrics)
     if rank() == 0:
+        run.save_weights(policy.unet)
         name = f"samples/epoch_{len(metrics):04}.png"
         save_grid(config, models, {"": policy}, prompts, run, name)
-        say(f"{run.folder} is finished. Its gain holds at its own guidance:\n"
-            f"    {run.save_weights(policy.unet)}\n"
-            f"    pipe(prompt, guidance_scale={config.guidance_scale})\n"
-            f"To judge it: python prdp.py --evaluate {str(run.folder)!r}")
+        say(f"{run.folder} is finished. Its gain holds at its own guidance_scale, "
+            f"{config.guidance_scale}; the README's Use the result loads it. To judge it:\n"
+            f"    python prdp.py --evaluate {str(run.folder)!r}")
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:

@@ -23,9 +23,8 @@ A weight follows the last `=` of an item. A reward of weight 0 is watched: it is
 logged, but the sum leaves it out. A watched NaN is logged, and training goes on.
 
 Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. They compute
-in float32 whatever the caller's autocast; TF32 is left to torch.backends, where prdp.py switches it
-off. A run with one reward neither imports nor downloads what others need. A further model is a
-factory in FACTORIES, below.
+in float32 whatever the caller has set, autocast or TF32. A run with one reward neither imports nor
+downloads what others need. A further model is a factory in FACTORIES, below.
 """
 
 import contextlib
@@ -34,7 +33,6 @@ import importlib.util
 import io
 import math
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,7 +140,9 @@ def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
 @contextlib.contextmanager
 def contained(name: str, device: torch.device | str) -> Iterator[None]:
     """Run code that may not be ours: what it raises names it, what it sets for all is set back."""
-    dtype = torch.get_default_dtype()
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    dtype, *allow_tf32 = torch.get_default_dtype(), matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         with (contextlib.chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()),
               torch.autocast(torch.device(device).type, enabled=False)):
@@ -153,6 +153,7 @@ def contained(name: str, device: torch.device | str) -> Iterator[None]:
         raise RuntimeError(f"{name} failed: {explain(error)}") from error
     finally:
         torch.set_default_dtype(dtype)
+        matmul.allow_tf32, cudnn.allow_tf32 = allow_tf32
 
 
 # Factories: the scorer's part of the spec and a device -> scorer of (P, 3, H, W) uint8 images.
@@ -168,7 +169,8 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
     name = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}[version]
     file = Path(local or hf_hub_download("xswu/HPSv2", name))
     network = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).to(device).eval()
-    load_weights(network, file / name if file.is_dir() else file, "state_dict")
+    file = file / name if file.is_dir() else file
+    network.load_state_dict(torch.load(file, "cpu", weights_only=True)["state_dict"])
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     def image_features(images: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
         nn.Linear(64, 16), nn.Linear(16, 1))}).to(device).eval()
     file = (next(Path(local).glob("*.pth"), Path(local, "*.pth")) if local else  # its name varies
             hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"))
-    load_weights(head, file)
+    head.load_state_dict(torch.load(file, "cpu", weights_only=True))
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         return head["layers"](nn.functional.normalize(image_features(images), dim=-1)).squeeze(-1)
@@ -319,12 +321,3 @@ def check_words(tokenizer: Callable) -> None:
     """Raise ValueError for the tokenizer without words that takes the place of missing files."""
     if tokenizer("a cat").input_ids == tokenizer("a dog").input_ids:
         raise ValueError("its tokenizer knows no words; are its files there?")
-
-
-def load_weights(network: nn.Module, file: Path | str, key: str | None = None) -> None:
-    """Load a pickled state_dict, or state_dict[key], without running code that may be in it."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} is damaged or has code in it, which is never run") from None
-    network.load_state_dict(state if key is None else state[key])

@@ -657,7 +657,7 @@ def test_a_model_built_like_stable_diffusion_2_trains_and_scores_like_its_sample
 
 @pytest.mark.parametrize("part, change, message", [
     ("unet", "a weight less", "conv_in.weight"), ("vae", "other shapes", "decoder.conv_in.bias"),
-    ("unet", "a pickle", "Unable to load weights"), ("text_encoder", "a pickle", "UnpicklingError"),
+    ("unet", "a pickle", "Unable to load weights"), ("text_encoder", "a pickle", "code in it"),
     ("scheduler", "other outputs", "predicts 'sample'"), ("tokenizer", "no files", ""),
     ("scheduler", "a script", None)])
 def test_a_model_that_lacks_a_part_or_has_code_in_it_is_refused(tmp_path, part, change, message):
@@ -943,10 +943,9 @@ def test_a_checkpoint_with_damage_or_code_in_it_is_refused_by_name_or_was_not_ha
             assert re.search("checkpoint.pt is not a whole checkpoint[^\n]*$", str(error))
     assert 0 < num_unharmed < 300
     run.save(config=vars(Config()), trap=Trap(tmp_path / "sprung"))
-    of_code = "checkpoint.pt is not a whole checkpoint .*UnpicklingError"
-    with pytest.raises(prdp.UserError, match=of_code) as error:
+    with pytest.raises(prdp.UserError, match="not a whole checkpoint .*has code in it, which"):
         run.load(Config(), network)
-    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_what_a_finished_run_leaves_is_whole_proper_json_and_readable(finished):
@@ -1046,7 +1045,7 @@ def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, flags, message):
 
 def test_prompts_that_the_processes_cannot_share_are_refused(monkeypatch):
     monkeypatch.setattr(prdp, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--prompts_per_epoch 32 .* 3 processes"):
+    with pytest.raises(ValueError, match="--prompts_per_epoch 32: .* the 3 processes"):
         prdp.train(prdp.parse_config([]), CPU)
 
 
@@ -1264,7 +1263,9 @@ def test_a_spec_that_is_not_clear_is_refused_in_a_sentence(spec, message):
     assert "\n" not in str(error.value)
 
 
-def test_no_term_can_change_what_another_sees(tmp_path):
+def test_no_term_can_change_what_another_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     (tmp_path / "terms.py").write_text("""
 import os, torch
 def rude(images, prompts):
@@ -1273,11 +1274,13 @@ def rude(images, prompts):
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(True)
     torch.set_autocast_enabled("cpu", True)
+    torch.backends.cuda.matmul.allow_tf32 = True
     os.chdir("/")
     return torch.ones(len(prompts), requires_grad=True).float()
 def polite(images, prompts):
     state = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-    assert state == (torch.float32, False, False) and os.getcwd() != "/", state
+    state += torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    assert state == (torch.float32, *[False] * 4) and os.getcwd() != "/", state
     return [float(p == "b") + i.max().item() for i, p in zip(images, prompts)]
 """)
     given, images = ["a", "b"], torch.ones(2, 3, 8, 8)
@@ -1286,6 +1289,7 @@ def polite(images, prompts):
         assert reward(images, given).tolist() == [1, 2] and torch.is_autocast_enabled("cpu")
     assert not reward.terms(images, given)["rude"].requires_grad
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert given == ["a", "b"] and images.min() == 1
 
 

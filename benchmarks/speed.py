@@ -328,9 +328,9 @@ def gpu() -> None:
     """Pairs (image, step) and FLOP a second of SD v1.4's UNet, and hours for the presets."""
     if not torch.cuda.is_available():
         sys.exit("benchmarks/speed.py: error: the part gpu needs a GPU")
-    torch.backends.cudnn.allow_tf32 = False  # as prdp.py has it
-    rows = []
+    matmul, cudnn, rows = torch.backends.cuda.matmul, torch.backends.cudnn, []
     for variant in VARIANTS:
+        matmul.allow_tf32 = cudnn.allow_tf32 = variant == "tf32"
         policy = random_policy(variant, torch.device("cuda"))
         weights = prdp.trained_weights(policy.unet).values()
         optimizer = torch.optim.AdamW(weights, 1e-9, fused=True)
@@ -384,7 +384,7 @@ def random_policy(variant: str, device: torch.device) -> prdp.Policy:
         unet.compile(dynamic=True)
     negative_embeds = torch.randn(1, 77, 768, device=device)
     return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE,
-                       variant if variant in ("tf32", "float32") else "bf16")
+                       is_bf16=variant not in ("tf32", "float32"))
 
 
 def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict) -> None:

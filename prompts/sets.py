@@ -15,6 +15,7 @@ import csv
 import errno
 import json
 import os
+import pickle
 import random
 import sys
 import textwrap
@@ -205,6 +206,8 @@ def explain(error: BaseException) -> str:
                     "to a cache that holds it")
         return ("no connection to the hub; without a network give a local copy, or set "
                 "HF_HUB_OFFLINE=1 if the cache, HF_HOME, holds it: else retries take minutes")
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged or has code in it, which is never run"
     of_disk = (e for e in chain if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
     error = next(of_disk, error)
     line = " ".join(f"{type(error).__name__}: {error}".split())
