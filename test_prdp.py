@@ -1263,9 +1263,8 @@ def test_a_spec_that_is_not_clear_is_refused_in_a_sentence(spec, message):
     assert "\n" not in str(error.value)
 
 
-def test_no_term_can_change_what_another_sees(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_no_term_can_change_what_another_sees(tmp_path):
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     (tmp_path / "terms.py").write_text("""
 import os, torch
 def rude(images, prompts):
