@@ -776,14 +776,13 @@ def train(config: Config, device: torch.device) -> None:
         run.write_json("config.json", asdict(config), indent=2)
         run.write_metrics(metrics)  # a kill may have come between the last checkpoint and these
 
-    started, epochs_before = time.time(), len(metrics)
-    for epoch in range(epochs_before, config.num_epochs):
+    for epoch in range(len(metrics), config.num_epochs):
         if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
             save_grid(config, models, {"": policy}, prompts, run, f"samples/epoch_{epoch:04}.png")
         metrics.append(run_epoch(config, models, optimizer, prompts, epoch, history))
-        remaining = (config.num_epochs - epoch - 1) / (epoch + 1 - epochs_before)
+        seconds = sum(v for name, v in metrics[-1].items() if name.startswith("seconds"))
         say(f"epoch {epoch + 1}/{config.num_epochs} | reward {metrics[-1]['reward_mean']:.4f} | "
-            f"{timedelta(seconds=round((time.time() - started) * remaining))} left")
+            f"{timedelta(seconds=round(seconds * (config.num_epochs - epoch - 1)))} left")
         if rank() == 0:
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.num_epochs:
                 run.save(config=asdict(config), metrics=metrics, history=history, weights=trained,
