@@ -548,11 +548,9 @@ def load_models(config: Config, device: torch.device) -> Models:
 
 
 def load_pipeline(config: Config) -> StableDiffusionPipeline:
-    """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images.
-
-    Its networks are loaded one by one, because a pipeline's own loader fills missing weights with
-    random numbers. Raises UserError for what cannot be loaded or trained, naming what is wrong.
-    """
+    """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images. Its
+    networks are loaded one by one: a pipeline's own loader fills missing weights with random
+    numbers. Raises UserError for what cannot be loaded or trained, naming what is wrong."""
     model = config.model
     try:
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
@@ -574,8 +572,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
                         "README") from None
     # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
     # With steps_offset 1 the last step is from t = 1 to 0.
-    scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1,
-                                          clip_sample=False)
+    scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1)
     if (spacing := schedule.get("timestep_spacing", "leading")) != "leading":
         say(f"{model}: DDIM with leading timesteps and guidance replaces its {spacing} sampler")
     if config.num_steps >= (train_steps := len(scheduler.betas)):
