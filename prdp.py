@@ -535,9 +535,8 @@ def load_models(config: Config, device: torch.device) -> Models:
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    default = "bf16" if has_bf16 and config.updates_per_epoch == 1 else "tf32"  # on a CPU float32
-    precision = config.precision or default
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
     # For the VAE and the text encoder too. Rewards switch it off while they compute.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
