@@ -874,10 +874,9 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
 def evaluate(config: Config, device: torch.device) -> None:
     """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
-    is_base = config.evaluate == "base"
     models = load_models(config, device)
     policies = {"base": models.reference}
-    if not is_base:
+    if config.evaluate != "base":
         policies["finetuned"] = models.policy
         if not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
             raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
@@ -889,7 +888,7 @@ def evaluate(config: Config, device: torch.device) -> None:
         (run.folder / file).open("a").close()  # fails now, not hours later
         columns = {column: score_prompts(config, models, policy, prompts)
                    for column, policy in policies.items()}  # each (prompts, R)
-        if not is_base:
+        if "finetuned" in columns:
             difference = columns["difference"] = columns["finetuned"] - columns["base"]
             columns["better"] = (difference > 0).double().where(difference.isfinite(), math.nan)
         results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error":
