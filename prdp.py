@@ -485,7 +485,6 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
 @dataclass
 class Models:
     """What a run computes with: the policy that learns, and all that is frozen."""
-
     policy: Policy
     reference: Policy
     pipeline: StableDiffusionPipeline  # its VAE, text encoder and tokenizer
@@ -657,7 +656,6 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- §8 Runs on disk
-
 
 # Flags that may differ from those a run was begun with.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
