@@ -56,7 +56,6 @@ Deviations from the paper
 import contextlib
 import copy
 import fcntl
-import itertools
 import json
 import logging
 import math
@@ -363,7 +362,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N of them
     epoch_prompts = random.Random(key).sample(enough, N)
     mine = my_share(N)  # n of the indices 0..N-1
-    indices = list(itertools.product(mine, range(B)))  # P = n * B
+    indices = [(i, j) for i in mine for j in range(B)]  # P = n * B
     shape = (len(mine), B, -1)  # as which (P, ...) is seen per prompt
 
     def log_probs_under(policy: Policy) -> Tensor:  # (n, B, T)
@@ -755,7 +754,7 @@ def train(config: Config, device: torch.device) -> None:
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
-    prompts = list(dict.fromkeys(itertools.chain(*load_prompts(config.prompts, say).values())))
+    prompts = list(dict.fromkeys(sum(load_prompts(config.prompts, say).values(), [])))
     models = load_models(config, device)
     report_cut(prompts, models.pipeline.tokenizer, say)
     policy, trained = models.policy, trained_weights(models.policy.unet)
