@@ -411,7 +411,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
     of the gradient. By the chain rule this is exact. Returns means over K updates and processes.
     """
     old, statistics = trajectories.log_probs_old, []
-    weights = list(trained_weights(policy.unet).values())
+    weights = optimizer.param_groups[0]["params"]  # those that learn
     mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
     for k in range(config.updates_per_epoch):
         part = images_of_update(config, k)[mine].to(old.device)  # (n, B)
@@ -509,11 +509,6 @@ class Models:
         scores = [self.reward.terms(self.decode(latents[batch]), prompts[batch])
                   for batch in micro_batches(len(latents), size, "scoring")]
         return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-
-
-def trained_weights(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
-    """The weights that learn, by name: all of the UNet's, or those of its LoRA adapters."""
-    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
 @torch.no_grad()
@@ -757,7 +752,8 @@ def train(config: Config, device: torch.device) -> None:
     prompts = list(dict.fromkeys(sum(load_prompts(config.prompts, say).values(), [])))
     models = load_models(config, device)
     report_cut(prompts, models.pipeline.tokenizer, say)
-    policy, trained = models.policy, trained_weights(models.policy.unet)
+    policy = models.policy  # all of its weights learn, or those of its LoRA adapters
+    trained = {name: w for name, w in policy.unet.named_parameters() if w.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
     state = run.load(config, policy.unet)

@@ -554,7 +554,7 @@ def test_equal_rewards_leave_the_weights_as_they_are():
 def test_numbers_that_are_not_finite_stop_the_run_by_name_and_change_no_weight(demo_models):
     config = prdp.parse_config([*DEMO, "--updates_per_epoch", "2"])
     policy, prompts = demo_models.policy, ["a cat", "a bat"]
-    weights = prdp.trained_weights(policy.unet)
+    weights = dict(policy.unet.named_parameters())
     optimizer = torch.optim.AdamW(weights.values())
     trajectories = prdp.collect_epoch(config, demo_models, prompts, 4, {})
     before = {name: weight.clone() for name, weight in weights.items()}

@@ -89,8 +89,8 @@ class Ours:
         self.models = prdp.load_models(self.config, CPU)
         self.models.reward = BRIGHTNESS
         (self.prompts,) = prdp.load_prompts(self.config.prompts, print).values()
-        weights = prdp.trained_weights(self.models.policy.unet).values()
-        self.optimizer = torch.optim.AdamW(weights, self.config.learning_rate)
+        self.optimizer = torch.optim.AdamW(self.models.policy.unet.parameters(),
+                                           self.config.learning_rate)
         self.epoch = 0
 
     def __call__(self) -> dict[str, float]:
@@ -234,7 +234,7 @@ def skip(updates: int = 10) -> None:
     ours = Ours(64, "--clip_range", "1e-6", "--learning_rate", "1e-5")
     trajectories = prdp.collect_epoch(ours.config, ours.models, ours.prompts, 0, {})
     policy, old, rows = ours.models.policy, trajectories.log_probs_old, []
-    weights = list(prdp.trained_weights(policy.unet).values())
+    weights = list(policy.unet.parameters())
 
     def gradient(grad: Tensor) -> tuple[Tensor, float]:
         started = time.perf_counter()
@@ -332,7 +332,7 @@ def gpu() -> None:
     for variant in VARIANTS:
         matmul.allow_tf32 = cudnn.allow_tf32 = variant == "tf32"
         policy = random_policy(variant, torch.device("cuda"))
-        weights = prdp.trained_weights(policy.unet).values()
+        weights = [weight for weight in policy.unet.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, 1e-9, fused=True)
         for size in (1, 2, 4, 8, 16, 32):
             row = {"variant": variant, "micro-batch": size}
