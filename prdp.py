@@ -197,7 +197,6 @@ class Policy:
     negative_embeds: Tensor  # (1, L, F)
     guidance_scale: float
     is_bf16: bool = False
-    is_reference: bool = False
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
@@ -219,7 +218,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, mi
     timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
     latents = noise.to(prompt_embeds.device, copy=not is_recorded)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    policy.unet.to(latents.device)
+    policy.unet.to(latents.device)  # the reference's waits on the CPU
     for images in micro_batches(len(latents), micro_batch_size, "denoising"):
         x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
         for i, t in enumerate(timesteps):
@@ -227,8 +226,6 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, mi
             if not is_recorded:
                 x[:, i + 1] = mean + std * x[:, i + 1]
             log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
-    if policy.is_reference:  # it leaves the GPU's memory to the policy's gradients
-        policy.unet.to("cpu")
     return latents, log_probs
 
 
@@ -380,6 +377,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
             log_probs_ref, log_probs_old = log_probs_old, log_probs_under(models.policy)
         elif config.objective == "prdp":
             log_probs_ref = log_probs_under(models.reference)
+        models.reference.unet.to("cpu")  # and leaves the GPU's memory to the policy's gradients
 
     with timed(seconds, "seconds_scoring"):
         image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
@@ -517,7 +515,6 @@ def load_models(config: Config, device: torch.device) -> Models:
     in eval mode for good: dropout would make the policy another than the one that sampled."""
     reward, pipeline = load_reward(config.reward, device), load_pipeline(config).to(device)
     unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last))
-    pipeline.unet.to("cpu")
     unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
     if config.lora_rank:
         from peft import LoraConfig
@@ -535,8 +532,8 @@ def load_models(config: Config, device: torch.device) -> Models:
     negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
     shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision == "bf16"
     shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
-    return Models(Policy(unet.eval(), *shared), Policy(pipeline.unet, *shared, is_reference=True),
-                  pipeline, shape, reward)
+    return Models(Policy(unet.eval(), *shared), Policy(pipeline.unet, *shared), pipeline, shape,
+                  reward)
 
 
 def load_pipeline(config: Config) -> StableDiffusionPipeline:
