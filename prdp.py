@@ -377,7 +377,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
             log_probs_ref, log_probs_old = log_probs_old, log_probs_under(models.policy)
         elif config.objective == "prdp":
             log_probs_ref = log_probs_under(models.reference)
-        models.reference.unet.to("cpu")  # and leaves the GPU's memory to the policy's gradients
+        models.reference.unet.to("cpu")  # it leaves the GPU to the policy's gradients
 
     with timed(seconds, "seconds_scoring"):
         image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
