@@ -42,7 +42,8 @@ Said after the runs began. H's prediction was written after its first run. DDPO 
 epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
 sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
 runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's. Runs of
-A and D at 1e-4, where another rate is the best, were begun by hand, as was I in two processes.
+A and D at 1e-4, where another rate is the best, were begun by hand, as were I in two processes and
+K = 4 with --preset demo-large, which has seed 0 alone and three rates.
 """
 
 import argparse
