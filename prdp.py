@@ -218,7 +218,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, mi
     timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
     latents = noise.to(prompt_embeds.device, copy=not is_recorded)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    policy.unet.to(latents.device)  # the reference's waits on the CPU
+    policy.unet.to(latents.device)  # collect_epoch sends the reference's away
     for images in micro_batches(len(latents), micro_batch_size, "denoising"):
         x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
         for i, t in enumerate(timesteps):
