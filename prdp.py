@@ -109,7 +109,7 @@ class Config:
         default="prdp", help="prdp, or a baseline: ddpo, which is the paper's, grpo, rloo; see §3")
     tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
-    run_dir: str | None = HfArg(default=None, help="to begin or continue; runs/PRESET-REWARD")
+    run_dir: str | None = HfArg(default=None, help="output; if not given runs/PRESET-REWARD")
     seed: int = HfArg(default=0, help="of all prompts and noise")
     num_epochs: int = HfArg(default=100, help="E: epochs")
     updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch")
@@ -126,8 +126,8 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     # bf16 changes a log-prob more than an update does (5.6e-3, 2.8e-3: demo/model on a CPU). That
     # harms where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
-    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet, "
-        "tf32 of all but rewards; if not given, on a GPU bf16 for K = 1, else tf32; CPU: float32")
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
+        "tf32: of all but rewards. If not given, bf16 for K = 1, else tf32; a CPU has float32")
     micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     evaluate: str | None = HfArg(default=None, help="a run's folder, against its base; or: base")
@@ -409,7 +409,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
     of the gradient. By the chain rule this is exact. Returns means over K updates and processes.
     """
     old, statistics = trajectories.log_probs_old, []
-    weights = optimizer.param_groups[0]["params"]  # those that learn
+    weights = [w for group in optimizer.param_groups for w in group["params"]]  # those that learn
     mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
     for k in range(config.updates_per_epoch):
         part = images_of_update(config, k)[mine].to(old.device)  # (n, B)
@@ -724,8 +724,9 @@ class Run:
 
     def save_weights(self, unet: UNet2DConditionModel) -> None:
         """unet/, or with LoRA lora/, as diffusers loads them."""
-        folder = self.folder / ("lora" if hasattr(unet, "peft_config") else "unet")
-        if folder.name == "lora":
+        is_lora = hasattr(unet, "peft_config")
+        folder = self.folder / ("lora" if is_lora else "unet")
+        if is_lora:
             from peft import get_peft_model_state_dict
 
             StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))

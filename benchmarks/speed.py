@@ -332,8 +332,7 @@ def gpu() -> None:
     for variant in VARIANTS:
         matmul.allow_tf32 = cudnn.allow_tf32 = variant == "tf32"
         policy = random_policy(variant, torch.device("cuda"))
-        weights = [weight for weight in policy.unet.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, 1e-9, fused=True)
+        optimizer = torch.optim.AdamW(policy.unet.parameters(), 1e-9, fused=True)
         for size in (1, 2, 4, 8, 16, 32):
             row = {"variant": variant, "micro-batch": size}
             rows.append(row)
@@ -342,7 +341,7 @@ def gpu() -> None:
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
                 break
-        del policy, weights, optimizer
+        del policy, optimizer
         gc.collect()
         torch.cuda.empty_cache()
         report("gpu", rows, latents="64 x 64")
