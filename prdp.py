@@ -818,13 +818,14 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def sample_latents(config: Config, models: Models, policy: Policy, prompts: list[str],
-                  indices: list[int], count: int) -> Tensor:
-    """x_0 of `count` images of each prompts[index], from noise that is the same for any policy."""
+def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompts: list[str],
+                          indices: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` images of each prompts[index], from noise that is the same for any policy: their
+    prompt embeddings (P, L, F), latents (P, T+1, C, H, W) and log-probs (P, T)."""
     keys = [f"{config.seed}/evaluate/{index}/{j}" for index in indices for j in range(count)]
     noise = torch.stack([make_noise(key, config.num_steps, models.latent_shape) for key in keys])
     embeds = models.encode_prompts([prompts[i] for i in indices]).repeat_interleave(count, 0)
-    return sample_trajectories(policy, embeds, noise, config.micro_batch_size)[0][:, -1]
+    return embeds, *sample_trajectories(policy, embeds, noise, config.micro_batch_size)
 
 
 def save_grid(config: Config, models: Models, policies: dict[str, Policy], prompts: list[str],
@@ -834,8 +835,10 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
     indices = [column * len(prompts) // columns for column in range(columns)]
     figure = Figure(figsize=(1.3 * columns, 1.4 * len(labels)), layout="constrained")
     cells = figure.subplots(len(labels), columns, squeeze=False)
-    images = [models.decode(sample_latents(config, models, policy, prompts, indices, 3))
-              for policy in policies.values()]  # of each policy (columns * 3, 3, H, W)
+    images = []  # of each policy (columns * 3, 3, H, W)
+    for policy in policies.values():
+        _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices, 3)
+        images.append(models.decode(latents[:, -1]))
     for column, index in enumerate(indices):
         title = textwrap.fill(textwrap.shorten(prompts[index], 90), 18)
         cells[0, column].set_title(title, fontsize=8, parse_math=False)
@@ -849,15 +852,22 @@ def save_grid(config: Config, models: Models, policies: dict[str, Policy], promp
 
 
 def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:
-    """Each of R rewards' mean over the images of each prompt: (prompts, R) float64."""
-    count, mine = config.samples_per_prompt, my_share(len(prompts))
-    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 1)
-    rows = math.ceil(config.micro_batch_size / count)  # prompts that fill a micro-batch
+    """Mean over the images of each prompt of every reward, the weighted sum, the KL estimate of
+    this policy's samples and the objective of Eq. 6: (prompts, R + 3) float64."""
+    count, mine, size = config.samples_per_prompt, my_share(len(prompts)), config.micro_batch_size
+    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 3)
+    rows = math.ceil(size / count)  # prompts that fill a micro-batch
     for batch in micro_batches(len(mine), rows, "evaluating"):
-        latents = sample_latents(config, models, policy, prompts, mine[batch], count)
+        embeds, latents, log_probs = sample_for_evaluation(config, models, policy, prompts,
+                                                           mine[batch], count)
+        log_probs_ref = log_probs  # the base's distance from itself is 0
+        if policy is not models.reference:
+            log_probs_ref = trajectory_log_probs(models.reference, embeds, latents, size)
+        kl = (log_probs - log_probs_ref).mean(1)  # nats per latent element and step
         of_images = [prompts[index] for index in mine[batch] for _ in range(count)]
-        terms = models.score(latents, of_images, config.micro_batch_size)
-        of_all = torch.stack([*terms.values(), models.reward.total(terms)], 1)  # (images, R)
+        terms = models.score(latents[:, -1], of_images, size)
+        total = models.reward.total(terms)
+        of_all = torch.stack([*terms.values(), total, kl, total - config.kl_weight * kl], 1)
         scores[batch] = of_all.unflatten(0, (-1, count)).mean(1)
     return gather(scores.to(policy.negative_embeds.device))[: len(prompts)].double()
 
@@ -872,7 +882,7 @@ def evaluate(config: Config, device: torch.device) -> None:
         if not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
             raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     run.folder.mkdir(parents=True, exist_ok=True)
-    names = [*models.reward.weights, "weighted sum"]  # R of them
+    names = [*models.reward.weights, "weighted sum", "kl", "weighted sum - kl_weight * kl"]
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
         file = f"evaluation-{prompt_set}.json"

@@ -1009,8 +1009,9 @@ def test_evaluate_compares_a_run_with_its_base_on_the_same_noise(finished, tmp_p
     config = prdp.parse_config(of_run)
     models, scores = prdp.load_models(config, CPU), torch.zeros(2)
     for index, prompt in enumerate(CAT_AND_BAT):
-        latents = prdp.sample_latents(config, models, models.policy, CAT_AND_BAT, [index], 3)
-        scores[index] = models.score(latents, [prompt] * 3, 8)["clip"].mean()
+        _, latents, _ = prdp.sample_for_evaluation(config, models, models.policy, CAT_AND_BAT,
+                                                   [index], 3)
+        scores[index] = models.score(latents[:, -1], [prompt] * 3, 8)["clip"].mean()
     error = scores.std() / math.sqrt(2)
     assert same["base"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert same["base"]["standard_error"] == pytest.approx(error.item(), abs=1e-5)

@@ -478,8 +478,9 @@ def kinds_of(config: prdp.Config, models: prdp.Models, policy: prdp.Policy) -> d
     """The effective number of the kinds that the judge sees in 45 prompts x 6 samples. The prompts
     name the animal alone."""
     prompts = (ROOT / "prompts/animals.txt").read_text().splitlines()
-    latents = prdp.sample_latents(config, models, policy, prompts, list(range(len(prompts))), 6)
-    scenes = seen(models.decode(latents))
+    indices = list(range(len(prompts)))
+    _, latents, _ = prdp.sample_for_evaluation(config, models, policy, prompts, indices, 6)
+    scenes = seen(models.decode(latents[:, -1]))
     return {attribute: effective_number(getattr(scene, attribute) for scene in scenes)
             for attribute in ("background", "size")}
 
