@@ -5,7 +5,7 @@ Reward Finetuning of Diffusion Models", CVPR 2024, arXiv 2402.08714, whose equat
 
     torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
     torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prdp.py
+    torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 prdp.py
     python prdp.py --evaluate runs/demo-clip                   # base against finetuned
 
 A diffusion model is a policy pi_theta: for a prompt c it samples a trajectory x_{0:T} of denoising
@@ -31,31 +31,38 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
             the loss and its gradient at every log-prob         update_policy: prdp_loss
-            that gradient's way into the weights; AdamW         update_policy: backward_log_probs
+            backward through the UNet from that gradient        update_policy: backward_log_probs
+            a step of AdamW                                     update_policy
 
-At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
-of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
-REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. Like GRPO, PRDP compares
-the images of a prompt. Its own are the exact optimum with KL and, for K > 1, proximal regression.
-An open question: clipping cannot bind at theta = old, yet by Table 5 large-scale PRDP without it
-diverges.
+With T Gaussian steps of fixed variance the optimum is in general approached, not reached: in a
+one-dimensional diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for
+T = 5, 20, 50.
 
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
     Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
  2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
- 3. Rewards are float32, of images rounded to 8 bits, and log-probs are reduced in float64.
+ 3. Rewards are float32, of images rounded to 8 bits, and log-probs are averaged in float64.
  4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing). An update
     without any gradient is skipped.
  5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
- 6. On a GPU the UNet computes in bfloat16 at K = 1, and at K > 1 all but the rewards in TF32.
+ 6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1. The VAE and the text
+    encoder compute in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
+
+At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
+of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
+REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. Like GRPO, PRDP compares
+the images of one prompt. What it adds: its target is the optimum of reward minus KL, and for K > 1
+its updates are proximal. An open question: at theta = old clipping cannot bind, yet by Table 5
+large-scale PRDP diverges without it.
 """
 
 import contextlib
 import copy
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -64,12 +71,11 @@ import random
 import resource
 import signal
 import sys
-import textwrap
 import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -79,8 +85,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -93,45 +99,50 @@ from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
 @dataclass
 class Config:
-    """Every flag. Defaults: the small-scale column of Table 4; `PRESETS` (§9) has the others.
+    """Every flag. Defaults: the small-scale column of Table 4; `PRESETS` (§10) has the others.
 
     Sizes are for all processes together; only micro_batch_size is for each. As log-probs are means
     over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
     Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
 
+    # What to train, on what, towards what
     preset: Literal["small", "large", "multi", "demo", "demo-large"] = HfArg(
-        default="small", help="where defaults come from")
-    model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2, hub id or folder")
+        default="small", help="where defaults come from: a column of Table 4, or the small world")
+    model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2: hub id or folder")
     prompts: str = HfArg(default="prompts/animals.txt", help="files or sets, see prompts/sets.py")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
+    run_dir: str | None = HfArg(default=None, help="output folder; default runs/PRESET-REWARD")
+    seed: int = HfArg(default=0, help="random seed of prompts and noise")
+    # The algorithm
     objective: Literal["prdp", "ddpo", "grpo", "rloo"] = HfArg(
-        default="prdp", help="prdp, or a baseline: ddpo, which is the paper's, grpo, rloo; see §3")
-    tracker_size: int = HfArg(default=32, help="of ddpo: past rewards kept for a prompt, or 0")
-    offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
-    run_dir: str | None = HfArg(default=None, help="output; if not given runs/PRESET-REWARD")
-    seed: int = HfArg(default=0, help="of all prompts and noise")
-    num_epochs: int = HfArg(default=100, help="E: epochs")
-    updates_per_epoch: int = HfArg(default=10, help="K: updates an epoch")
-    prompts_per_epoch: int = HfArg(default=32, help="N: prompts an epoch, over all processes")
+        default="prdp", help="prdp, or a baseline: ddpo (the paper's), grpo or rloo; see §3")
+    num_epochs: int = HfArg(default=100, help="E: number of epochs")
+    updates_per_epoch: int = HfArg(default=10, help="K: gradient updates in each epoch")
+    prompts_per_epoch: int = HfArg(default=32, help="N: prompts in each epoch, of all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
     kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
+    clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step's log ratio, nats per "
+                              "element (baselines: of the likelihood ratio); inf: no clipping")
     num_steps: int = HfArg(default=50, help="T: denoising steps")
-    clip_range: float = HfArg(default=1e-6, help="eps: clip of a step, nats per element, or inf")
-    guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance, part of the policy")
-    learning_rate: float = HfArg(default=1e-5, help="of AdamW")
-    weight_decay: float = HfArg(default=1e-4, help="of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="L2 norm the gradient is clipped to")
-    lora_rank: int = HfArg(default=0, help="of LoRA adapters; at 0 all weights learn")
+    guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance; part of the policy")
+    learning_rate: float = HfArg(default=1e-5, help="AdamW's learning rate")
+    weight_decay: float = HfArg(default=1e-4, help="AdamW's weight decay")
+    max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which the gradient is clipped")
+    offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
+    tracker_size: int = HfArg(default=32, help="ddpo only: past rewards kept for each prompt; 0: "
+                              "normalise by the whole epoch's")
+    # The machine
+    lora_rank: int = HfArg(default=0, help="rank of LoRA adapters; 0 trains all weights")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    # bf16 changes a log-prob more than an update does (5.6e-3, 2.8e-3: demo/model on a CPU). That
-    # harms where K > 1 compares log-probs before and after one. TF32 rounds 8 times finer.
-    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of the UNet; "
-        "tf32: of all but rewards. If not given, bf16 for K = 1, else tf32; a CPU has float32")
-    micro_batch_size: int = HfArg(default=8, help="images, or (image, step), of one UNet call")
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="on a GPU; "
+        "bf16: the UNet's, others in TF32. Default: bf16 at K = 1, else tf32. Rewards: float32")
+    micro_batch_size: int = HfArg(default=4, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
-    evaluate: str | None = HfArg(default=None, help="a run's folder, against its base; or: base")
-    samples_per_prompt: int = HfArg(default=16, help="images of each prompt with --evaluate")
+    # Evaluation
+    evaluate: str | None = HfArg(default=None, help="do not train: compare the run in this folder "
+                                 "with its base model, or evaluate `base` alone")
+    samples_per_prompt: int = HfArg(default=16, help="images of each prompt in an evaluation")
 
 
 # ------------------------------------------------------------------------ §2 Denoising as a policy
@@ -144,8 +155,9 @@ def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor
     """Classifier-free guidance: eps(x, "") + guidance_scale * (eps(x, c) - eps(x, "")).
 
     latents: (P, C, H, W) float32; timesteps: (P,), 0..999, may mix steps; prompt_embeds: (P, L, F);
-    negative_embeds: (1, L, F), of the empty prompt, which guidance_scale <= 1 leaves out. Returns
-    what the checkpoint was trained to predict, noise or velocity, (P, C, H, W) float32.
+    negative_embeds: (1, L, F), of the empty prompt; guidance_scale <= 1 means no guidance, as in
+    diffusers, and then they are not used. Returns what the checkpoint was trained to predict, noise
+    or velocity, (P, C, H, W) float32.
     """
     if guidance_scale <= 1:
         return unet(latents, timesteps, prompt_embeds).sample.to(latents.dtype)
@@ -162,6 +174,7 @@ def ddim_mean_std(scheduler: DDIMScheduler, noise_pred: Tensor, latents: Tensor,
     noise_pred, latents: (P, C, H, W); timesteps: (P,), 0..999, may mix steps. Returns mean
     (P, C, H, W) and std (P, 1, 1, 1), > 0 as the last step ends at alpha_bar[0] and not at 1.
     """
+    # Leading spacing: the next timestep is t - stride; the last step goes from t = 1 to t = 0.
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_bars = scheduler.alphas_cumprod.to(latents)  # (1000,)
     alpha_bar = alpha_bars[timesteps].view(-1, 1, 1, 1)
@@ -174,6 +187,7 @@ def ddim_mean_std(scheduler: DDIMScheduler, noise_pred: Tensor, latents: Tensor,
         clean = (latents - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
         noise = noise_pred
 
+    # DDIM's Eq. 16 with eta = 1 (Song et al., 2021)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     mean = alpha_bar_prev.sqrt() * clean + (1 - alpha_bar_prev - variance).sqrt() * noise
     return mean, variance.sqrt()
@@ -199,36 +213,41 @@ class Policy:
     is_bf16: bool = False
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the steps from latents (P, C, H, W) at timesteps (P,): (P, C, H, W), (P, 1, 1, 1)."""
+        """Mean (P, C, H, W) and std (P, 1, 1, 1) of the step from latents (P, C, H, W) at timesteps
+        (P,), for prompts with embeds (P, L, F)."""
         with torch.autocast(latents.device.type, torch.bfloat16, self.is_bf16):
             noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
                                        self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
 
 
+def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+    """One trajectory's standard normal noise (T+1, C, H, W), on the CPU; a function of the key."""
+    generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+    return torch.randn(num_steps + 1, *shape, generator=generator)
+
+
 @torch.no_grad()
-def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor, micro_batch_size: int,
-                        is_recorded: bool = False) -> tuple[Tensor, Tensor]:
+def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
+                        micro_batch_size: int) -> tuple[Tensor, Tensor]:
     """Sample x_{0:T} ~ pi(. | c), as a function of standard normal noise.
 
-    prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself, or with
-    is_recorded the latents of trajectories that were sampled before. Returns latents
+    prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
     (P, T+1, C, H, W) float32 and their log-probs (P, T) float64, nats per latent element.
     """
     timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
-    latents = noise.to(prompt_embeds.device, copy=not is_recorded)
+    latents = noise.to(prompt_embeds.device, copy=True)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
-    policy.unet.to(latents.device)  # collect_epoch sends the reference's away
-    for images in micro_batches(len(latents), micro_batch_size, "denoising"):
+    for images in micro_batches(len(latents), micro_batch_size, "sampling"):
         x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
         for i, t in enumerate(timesteps):
             mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-            if not is_recorded:
-                x[:, i + 1] = mean + std * x[:, i + 1]
+            x[:, i + 1] = mean + std * x[:, i + 1]
             log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return latents, log_probs
 
 
+@torch.no_grad()
 def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
                          micro_batch_size: int) -> Tensor:
     """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
@@ -236,7 +255,20 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
     element; bit for bit those of sampling, if this policy sampled the trajectories.
     """
-    return sample_trajectories(policy, prompt_embeds, latents, micro_batch_size, True)[1]
+    timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
+    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
+        x, embeds = latents[images], prompt_embeds[images]
+        for i, t in enumerate(timesteps):
+            mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+            log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    return log_probs
+
+
+def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
+    """Slices of at most `size` that cover 0..count-1; a progress bar on rank 0's terminal."""
+    slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return tqdm(slices, description, leave=False, disable=None if rank() == 0 else True)
 
 
 # -------------------------------------------------------------------------------- §3 The objective
@@ -254,9 +286,10 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
     policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
-    in nats per element, may be inf; kl_weight: beta > 0. Returns a scalar, the mean over prompts of
-    the mean over their pairs: never below the plain loss; 0 where log_probs and log_probs_old are
-    the optimum's (Eq. 15); 0, with gradient 0, for a prompt of equal rewards.
+    in nats per element, may be inf; kl_weight: beta > 0. A log ratio is the mean over the T steps.
+    Returns a scalar, the mean over prompts of the mean over their pairs of unequal rewards: tied
+    pairs are left out. It is never below the plain loss; 0 where log_probs and log_probs_old are
+    the optimum's (Eq. 15); 0, with gradient 0, for a prompt whose rewards are all equal.
     """
     log_ratios = log_probs - log_probs_ref  # (N, B, T), r_hat_t (Eq. 19)
     log_ratios_old = log_probs_old - log_probs_ref
@@ -275,8 +308,8 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     return (loss.where(is_pair, 0).sum((-1, -2)) / num_pairs).mean()
 
 
-def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
-              clip_range: float) -> Tensor:
+def ppo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
+             clip_range: float) -> Tensor:
     """A policy gradient with PPO's clipping: DDPO's (Black et al., 2023), GRPO's and RLOO's.
 
     log_probs, log_probs_old: (N, B, T), nats per latent element; advantages: (N, B); clip_range: of
@@ -290,11 +323,12 @@ def ddpo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
 
 def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list[float]],
                     tracker_size: int) -> Tensor:
-    """Rewards normalised by the prompt's past ones if there are enough, else by the whole epoch's.
+    """Rewards normalised by the statistics of their prompt's newest rewards, this epoch's included,
+    once tracker_size / 2 of these are there; until then by those of the whole epoch.
 
     rewards: (N, B) of all processes; prompts: N; history: prompt -> its newest rewards, at most
-    tracker_size, to which this function first adds the epoch's; tracker_size: a history counts
-    when half of this is there; at 0 none does. Returns (N, B) float64 in [-10, 10].
+    tracker_size, to which this function first adds the epoch's; tracker_size: 0 for statistics of
+    the epoch alone. Returns (N, B) float64 in [-10, 10].
     """
     rewards = rewards.double()
     advantages = normalise(rewards, rewards.flatten())
@@ -307,21 +341,33 @@ def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list
     return advantages.clamp(-10, 10)
 
 
-def grpo_advantages(rewards: Tensor) -> Tensor:
+def grpo_advantages(rewards: Tensor, *_: object) -> Tensor:
     """Rewards (N, B) normalised by the B of their own prompt: (N, B) float64."""
     return normalise(rewards.double(), rewards.double())
 
 
-def rloo_advantages(rewards: Tensor) -> Tensor:
+def rloo_advantages(rewards: Tensor, *_: object) -> Tensor:
     """Rewards (N, B) less the mean of their prompt's B - 1 others: (N, B) float64 (Kool et al.)."""
     rewards, B = rewards.double(), rewards.shape[-1]
     return (rewards - rewards.mean(-1, keepdim=True)) * B / (B - 1)
 
 
 def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
-    """rewards less a sample's mean, over its (population) standard deviation, by the last dim."""
+    """(rewards - mean) / std, both of the sample's last dimension; std is the population's."""
     std = sample.std(-1, correction=0, keepdim=True)
     return (rewards - sample.mean(-1, keepdim=True)) / (std + 1e-6)
+
+
+# The baselines, by what their advantages are. Any other objective is a regression, as PRDP is.
+POLICY_GRADIENTS = {"ddpo": ddpo_advantages, "grpo": grpo_advantages, "rloo": rloo_advantages}
+
+
+def objective_loss(config: Config, log_probs: Tensor, trajectories: "Trajectories") -> Tensor:
+    """The loss of --objective at log_probs (n, B, T) of trajectories, a scalar."""
+    old, ref = trajectories.log_probs_old, trajectories.log_probs_ref
+    if config.objective in POLICY_GRADIENTS:
+        return ppo_loss(log_probs, old, trajectories.advantages, config.clip_range)
+    return prdp_loss(log_probs, old, ref, trajectories.rewards, config.clip_range, config.kl_weight)
 
 
 # ------------------------------------------------------------------------------ §4 The online loop
@@ -333,10 +379,10 @@ class Trajectories:
     prompt_embeds: Tensor  # (n * B, L, F)
     latents: Tensor  # (n * B, T+1, C, H, W) float32
     log_probs_old: Tensor  # (n, B, T) float64, of the policy before this epoch's updates
-    log_probs_ref: Tensor | None  # (n, B, T) float64; None if the objective has no KL
+    log_probs_ref: Tensor  # (n, B, T) float64, of the reference
     rewards: Tensor  # (n, B) float32
+    advantages: Tensor | None  # (n, B) float64; None for a regression
     reward_terms: dict[str, Tensor]  # name -> (n * B,), of which the reward is a weighted sum
-    advantages: Tensor | None  # (n, B) float64; None for prdp
     seconds: dict[str, float]  # what the epoch's phases took
 
 
@@ -354,49 +400,44 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
                   history: dict[str, list[float]]) -> Trajectories:
     """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
     Prompts and noise depend on seed, epoch, indices and step alone, not on the processes."""
-    key, size, seconds = f"{config.seed}/{epoch}", config.micro_batch_size, {}
-    N, B = config.prompts_per_epoch, config.images_per_prompt
+    N, B, size = config.prompts_per_epoch, config.images_per_prompt, config.micro_batch_size
+    key = f"{config.seed}/{epoch}"
+    seconds: dict[str, float] = {}
     enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N of them
     epoch_prompts = random.Random(key).sample(enough, N)
     mine = my_share(N)  # n of the indices 0..N-1
     indices = [(i, j) for i in mine for j in range(B)]  # P = n * B
-    shape = (len(mine), B, -1)  # as which (P, ...) is seen per prompt
-
-    def log_probs_under(policy: Policy) -> Tensor:  # (n, B, T)
-        return trajectory_log_probs(policy, embeds, latents, size).view(shape)
 
     with timed(seconds, "seconds_sampling"):
         noise = torch.stack([make_noise(f"{key}/{i}/{j}", config.num_steps, models.latent_shape)
                              for i, j in indices])  # (P, T+1, C, H, W)
         embeds = models.encode_prompts([epoch_prompts[i] for i in mine])  # (n, L, F)
         embeds = embeds.repeat_interleave(B, 0)  # (P, L, F)
-        sampling_policy = models.reference if config.offline else models.policy
-        latents, log_probs = sample_trajectories(sampling_policy, embeds, noise, size)
-        log_probs_old, log_probs_ref = log_probs.view(shape), None  # (n, B, T)
-        if config.offline:
-            log_probs_ref, log_probs_old = log_probs_old, log_probs_under(models.policy)
-        elif config.objective == "prdp":
-            log_probs_ref = log_probs_under(models.reference)
-        models.reference.unet.to("cpu")  # it leaves the GPU to the policy's gradients
+        unet = copy.deepcopy(models.reference.unet).to(embeds.device)
+        reference = replace(models.reference, unet=unet)  # leaves the GPU with this function
+        # An outer autocast lets the inner ones keep weights in bf16 from step to step.
+        with torch.autocast(embeds.device.type, torch.bfloat16, models.policy.is_bf16):
+            if config.offline:
+                latents, log_probs_ref = sample_trajectories(reference, embeds, noise, size)
+                log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
+            else:
+                latents, log_probs_old = sample_trajectories(models.policy, embeds, noise, size)
+                log_probs_ref = trajectory_log_probs(reference, embeds, latents, size)
 
     with timed(seconds, "seconds_scoring"):
         image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
         terms = models.score(latents[:, -1], image_prompts, size)  # name -> (P,)
-        rewards = gather(models.reward.total(terms).view(shape[:2]))  # (N, B)
+        rewards = gather(models.reward.total(terms).unflatten(0, (-1, B)))  # (N, B)
     for prompt, of_prompt in zip(epoch_prompts, rewards, strict=True):
         if not of_prompt.isfinite().all():
             raise UserError(f"epoch {epoch + 1}: --reward {config.reward} is {of_prompt.tolist()} "
                             f"for {prompt!r}; nothing of this epoch is saved")
-
     advantages = None
-    if config.objective == "ddpo":
-        advantages = ddpo_advantages(rewards, epoch_prompts, history, config.tracker_size)[mine]
-    elif config.objective == "grpo":
-        advantages = grpo_advantages(rewards)[mine]
-    elif config.objective == "rloo":
-        advantages = rloo_advantages(rewards)[mine]
-    return Trajectories(embeds, latents, log_probs_old, log_probs_ref, rewards[mine], terms,
-                        advantages, seconds)
+    if rule := POLICY_GRADIENTS.get(config.objective):
+        advantages = rule(rewards, epoch_prompts, history, config.tracker_size)[mine]
+    return Trajectories(embeds, latents, log_probs_old.unflatten(0, (-1, B)),
+                        log_probs_ref.unflatten(0, (-1, B)), rewards[mine], advantages, terms,
+                        seconds)
 
 
 def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
@@ -408,20 +449,17 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
     micro-batches of (image, step) a forward with a graph and a backward that starts from their part
     of the gradient. By the chain rule this is exact. Returns means over K updates and processes.
     """
-    old, statistics = trajectories.log_probs_old, []
+    size, statistics = config.micro_batch_size, []
     weights = [w for group in optimizer.param_groups for w in group["params"]]  # those that learn
-    mine = my_share(config.prompts_per_epoch)  # n of the indices 0..N-1
-    for k in range(config.updates_per_epoch):
-        part = images_of_update(config, k)[mine].to(old.device)  # (n, B)
-        images = slice(None) if part.all() else part.flatten()  # of (n * B); a slice copies nothing
-        log_probs = old.clone()  # (n, B, T); at k = 0 the policy still is the old one
+    for k, batch in enumerate(batches_of_updates(config, trajectories)):
+        old = batch.log_probs_old  # (n, B, T)
+        log_probs = old.clone()  # before the first update the policy still is the old one
         if k > 0:
-            log_probs[part] = trajectory_log_probs(
-                policy, trajectories.prompt_embeds[images], trajectories.latents[images],
-                config.micro_batch_size)  # (1)
-        loss = objective_loss(config, log_probs.requires_grad_(), trajectories, part)
+            log_probs = trajectory_log_probs(policy, batch.prompt_embeds, batch.latents, size)
+            log_probs = log_probs.view_as(old)  # (1)
+        loss = objective_loss(config, log_probs.requires_grad_(), batch)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
-        backward_log_probs(policy, trajectories, grad.flatten(0, 1), config.micro_batch_size)  # (3)
+        backward_log_probs(policy, batch, grad.flatten(0, 1), size)  # (3)
 
         average_gradients(weights)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -431,31 +469,22 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
         if grad_norm > 0:  # else AdamW would still decay the weights and follow its momentum
             optimizer.step()
         optimizer.zero_grad()
-        changes = (log_probs - old).detach()[part]  # of which DDPO clips exp(change) - 1
-        changes = changes if config.objective == "prdp" else changes.expm1()
-        clipped = (changes.abs() > config.clip_range).sum().item()
-        statistics.append([loss.item(), grad_norm.item(), clipped, changes.numel()])
-    means = gather(torch.tensor(statistics, dtype=torch.float64, device=old.device)).mean(0)
-    loss, grad_norm, clipped, count = means.tolist()
-    return {"loss": loss, "clip_fraction": clipped / count, "grad_norm": grad_norm}
+        is_beyond = (log_probs.detach() - old).abs() > config.clip_range  # (n, B, T)
+        statistics.append(torch.stack([loss.detach(), grad_norm, is_beyond.double().mean()]))
+    means = gather(torch.stack(statistics)).mean(0)
+    return dict(zip(("loss", "grad_norm", "clip_fraction"), means.tolist(), strict=True))
 
 
-def images_of_update(config: Config, k: int) -> Tensor:
-    """Which images update k takes: (N, B) bool. PRDP takes all, the others K disjoint parts."""
-    N, B, K = config.prompts_per_epoch, config.images_per_prompt, config.updates_per_epoch
-    part = (torch.arange(N * B) * K // (N * B)).view(B, N).T  # of all prompts, so of all processes
-    return part == k if config.objective != "prdp" else torch.ones_like(part, dtype=torch.bool)
-
-
-def objective_loss(config: Config, log_probs: Tensor, trajectories: Trajectories,
-                   part: Tensor) -> Tensor:
-    """The loss of --objective at log_probs (n, B, T) for the images in part (n, B), a scalar."""
-    if config.objective == "prdp":
-        return prdp_loss(log_probs, trajectories.log_probs_old, trajectories.log_probs_ref,
-                         trajectories.rewards, config.clip_range, config.kl_weight)
-    # Others count as 0 in the mean, hence the factor: on average a K-th of all is in the part.
-    advantages = trajectories.advantages.where(part, 0) * config.updates_per_epoch
-    return ddpo_loss(log_probs, trajectories.log_probs_old, advantages, config.clip_range)
+def batches_of_updates(config: Config, trajectories: Trajectories) -> list[Trajectories]:
+    """What each of an epoch's K updates takes: all trajectories. An update of a policy gradient
+    takes a K-th of the prompts, and no prompt comes twice, as in DDPO."""
+    K = config.updates_per_epoch
+    if config.objective not in POLICY_GRADIENTS:
+        return [trajectories] * K
+    parts = {name: values.chunk(K) for name, values in vars(trajectories).items()
+             if isinstance(values, Tensor)}  # first are n or n * B, and `train` sees that K | n
+    return [replace(trajectories, **{name: values[k] for name, values in parts.items()})
+            for k in range(K)]
 
 
 def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
@@ -475,30 +504,67 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
         log_probs.backward(grad[image, step])
 
 
+def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
+    """An epoch's metrics over all processes (times are rank 0's), of the policy before updating."""
+    rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
+    is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
+    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
+               "pairless_prompts": is_pairless.double().mean().item() if B > 1 else None,
+               "between_prompt_variance": None, "explained_variance": None, "kl": None}
+    if min(rewards.shape) > 1:
+        within = rewards.var(-1).mean()
+        between = rewards.mean(-1).var() - within / B
+        metrics["between_prompt_variance"] = (between / (between + within)).item()
+    old, ref = gather(trajectories.log_probs_old), gather(trajectories.log_probs_ref)
+    loss, loss_of_ref = (prdp_loss(log_probs, log_probs, ref, rewards, math.inf, config.kl_weight)
+                         for log_probs in (old, ref))
+    metrics["explained_variance"] = 1 - (loss / loss_of_ref).item()
+    if not config.offline:  # whose samples are not the policy's
+        metrics["kl"] = (old - ref).mean().item()
+    for name, term in trajectories.reward_terms.items():
+        metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
+    gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
+    metrics["peak_gib"] = gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return metrics | trajectories.seconds
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the block's wall time, the GPU's work included, as seconds[phase]."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    seconds[phase] = time.perf_counter() - started
+
+
 # --------------------------------------------------------------------------------------- §5 Models
-# §5 to §9 are what the algorithm stands on. Skip them on a first reading.
+# §5 to §10 are what the algorithm stands on. Skip them on a first reading.
 
 
 @dataclass
 class Models:
     """What a run computes with: the policy that learns, and all that is frozen."""
-    policy: Policy
-    reference: Policy
     pipeline: StableDiffusionPipeline  # its VAE, text encoder and tokenizer
     latent_shape: tuple[int, int, int]  # (C, H, W) that the UNet was made for
     reward: Reward
+    policy: Policy = field(init=False)
+    reference: Policy = field(init=False)  # its UNet waits on the CPU: 3.2 GiB for SD v1.4
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """P prompts -> (P, L, F), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
-        return self.pipeline.encode_prompt(prompts, self.pipeline.vae.device, 1, False)[0]
+        return self.pipeline.encode_prompt(
+            prompts, self.pipeline.vae.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
         vae = self.pipeline.vae
         # One 512 x 512 image, or as many smaller ones, at a time: it takes over 1 GiB.
-        slices = (latents / vae.config.scaling_factor).split(max(1, 64**2 // latents[0, 0].numel()))
+        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        slices = latents.split(max(1, 64**2 // latents[0, 0].numel()))
         images = torch.cat([vae.decode(part).sample for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -509,97 +575,98 @@ class Models:
         return {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
 
-@torch.no_grad()
 def load_models(config: Config, device: torch.device) -> Models:
     """The reward, the pretrained model as the reference, and a copy of it that can learn. All are
     in eval mode for good: dropout would make the policy another than the one that sampled."""
-    reward, pipeline = load_reward(config.reward, device), load_pipeline(config).to(device)
-    unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last))
-    unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
     if config.lora_rank:
         from peft import LoraConfig
-
+    reward, pipeline = load_reward(config.reward, device), load_pipeline(config)
+    unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last)).to(device)
+    pipeline.vae.to(device), pipeline.text_encoder.to(device)
+    unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
+    if config.lora_rank:
         torch.manual_seed(config.seed)  # the same adapters in every process
         unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
                                     init_lora_weights="gaussian",
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    # bf16's error in a log-prob (5.6e-3) is larger than what one update changes (2.8e-3). At K = 1
+    # that does no harm, as none is taken after an update. TF32 rounds 8 times finer.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
-    # For the VAE and the text encoder too. Rewards switch it off while they compute.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    negative_embeds = pipeline.encode_prompt([""], device, 1, False)[0]
-    shared = pipeline.scheduler, negative_embeds, config.guidance_scale, precision == "bf16"
-    shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
-    return Models(Policy(unet.eval(), *shared), Policy(pipeline.unet, *shared), pipeline, shape,
-                  reward)
+    tf32 = precision != "float32"  # of the VAE and text encoder too; rewards switch it off
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    pipeline.scheduler.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
+    H, W = torch.tensor(unet.config.sample_size).expand(2).tolist()  # of one number or two
+    models = Models(pipeline, (unet.config.in_channels, H, W), reward)
+    models.policy = Policy(unet.eval(), pipeline.scheduler, models.encode_prompts([""]),
+                           config.guidance_scale, is_bf16=precision == "bf16")
+    models.reference = replace(models.policy, unet=pipeline.unet)
+    return models
 
 
 def load_pipeline(config: Config) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images. Its
     networks are loaded one by one: a pipeline's own loader fills missing weights with random
     numbers. Raises UserError for what cannot be loaded or trained, naming what is wrong."""
-    model = config.model
+    model, others = config.model, ("time_cond_proj_dim", "class_embed_type", "addition_embed_type")
     try:
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}; only Stable Diffusion v1 and v2 are supported")
+        schedule = DDIMScheduler.load_config(model, subfolder="scheduler")
+        prediction = schedule.get("prediction_type", "epsilon")
+        if "beta_schedule" not in schedule or prediction not in ("epsilon", "v_prediction"):
+            raise ValueError("it must predict epsilon or v_prediction with a schedule of betas; it "
+                             f"predicts {prediction!r}")
+        # Of the scheduler only the noise schedule and the timesteps are used.
+        scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1)
+        inputs = UNet2DConditionModel.load_config(model, subfolder="unet")
+        if (not inputs.get("sample_size") or inputs["in_channels"] != inputs["out_channels"]
+                or any(inputs.get(name) is not None for name in others)):
+            raise ValueError("Stable Diffusion v1 and v2 have a UNet with a sample_size, as many "
+                             "channels in as out, and no inputs but text and time")
         unet = load_network(UNet2DConditionModel, model, subfolder="unet")
         vae = load_network(AutoencoderKL, model, subfolder="vae")
         text_encoder = load_network(CLIPTextModel, model, subfolder="text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
         check_words(tokenizer)
-        schedule = DDIMScheduler.load_config(model, subfolder="scheduler")
-        prediction = schedule.get("prediction_type", "epsilon")
-        if (unet.config.time_cond_proj_dim or "beta_schedule" not in schedule
-                or prediction not in ("epsilon", "v_prediction")):
-            raise ValueError("it must predict epsilon or v_prediction with a schedule of betas and "
-                             f"be no consistency model; it predicts {prediction!r}")
+        if len(tokenizer) > text_encoder.config.vocab_size:
+            raise ValueError("its tokenizer has more tokens than its text encoder knows")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise UserError(f"--model {model} cannot be used ({explain(error)}); see Models in the "
+        raise UserError(f"--model {model} cannot be used ({explain(error)}); see Your model in the "
                         "README") from None
-    # Of the scheduler only the noise schedule and timesteps are used; `ddim_mean_std` is the step.
-    # With steps_offset 1 the last step is from t = 1 to 0.
-    scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1)
-    if (spacing := schedule.get("timestep_spacing", "leading")) != "leading":
-        say(f"{model}: DDIM with leading timesteps and guidance replaces its {spacing} sampler")
-    if config.num_steps >= (train_steps := len(scheduler.betas)):
-        raise UserError(f"--num_steps {config.num_steps}: must be less than {train_steps}")
+    if config.num_steps >= len(scheduler.betas):
+        raise UserError(f"--num_steps {config.num_steps}: must be less than {len(scheduler.betas)}")
     scheduler.set_timesteps(config.num_steps)
-    if (start := scheduler.timesteps[0].item()) < 0.9 * train_steps:
+    if (start := scheduler.timesteps[0].item()) < 0.9 * len(scheduler.betas):
         say(f"--num_steps {config.num_steps} starts at t = {start}; 10, 20, 25 or 50 start higher")
     return StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-# ---------------------------------------------------------------------------- §6 Prompts and noise
-
-
-def make_noise(key: str, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """One trajectory's standard normal noise (T+1, C, H, W), on the CPU; a function of the key."""
-    generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
-    return torch.randn(num_steps + 1, *shape, generator=generator)
-
-
-# ---------------------------------------------------------------------------------- §7 Distributed
-# All that knows torch.distributed, but for main's end. Without torchrun there is a world of one.
+# ---------------------------------------------------------------------------------- §6 Distributed
+# Everything that uses torch.distributed, except the last lines of main.
 
 
 def start_distributed() -> torch.device:
-    """Join the processes that torchrun started, if it did; returns this one's device."""
-    if not dist.is_torchelastic_launched():
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    on_gpu = torch.cuda.device_count() >= local_size  # else two would have to share one
-    # With a long timeout, as the others wait while rank 0 writes checkpoints.
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    """Join the processes of a launcher that sets env://'s variables, as torchrun does; without one
+    this is a world of one. Returns this process's device."""
+    gpus = torch.cuda.device_count()
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return torch.device("cuda" if gpus else "cpu")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus)))  # torchrun sets both
+    local_rank = int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % local_size))
+    on_gpu = gpus >= local_size  # else two would have to share one
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=20))
     if on_gpu:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # torchrun gave one
-    say(f"{local_size} processes and {torch.cuda.device_count()} GPUs: computing on the CPU")
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    say(f"{local_size} processes and {gpus} GPUs: computing on the CPU")
     return torch.device("cpu")
 
 
@@ -634,19 +701,13 @@ def average_gradients(weights: list[torch.nn.Parameter]) -> None:
             dist.all_reduce(weight.grad.div_(world_size()))
 
 
-def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
-    """Slices of at most `size` that cover 0..count-1; a progress bar on rank 0's terminal."""
-    slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    return tqdm(slices, description, leave=False, disable=None if rank() == 0 else True)
-
-
 def say(text: str) -> None:
     """Print once, not once a process."""
     if rank() == 0:
         print(text, flush=True)
 
 
-# --------------------------------------------------------------------------------- §8 Runs on disk
+# --------------------------------------------------------------------------------- §7 Runs on disk
 
 # Flags that may differ from those a run was begun with.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
@@ -654,22 +715,23 @@ MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointi
 
 
 class Run:
-    """A run's folder. Its one precious file is the checkpoint, which is written aside, flushed and
-    renamed: a kill or a full disk leaves the one before. Metrics and weights come from it."""
+    """A run's folder. Only checkpoint.pt must survive a crash: it is written to another file,
+    flushed and renamed, so that the one before stays whole. All else is written from it."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.checkpoint = self.folder / "checkpoint.pt"
 
     def lock(self) -> None:
-        """Keep other processes off the folder until this one ends."""
+        """Keep other processes off the folder until this one ends; its children do not inherit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--run_dir {self.folder}: another process is at work on it") from None
         except OSError as error:
-            raise UserError(f"--run_dir {self.folder}: another process is at work on it, or its "
-                            f"disk has no locks ({error}); wait, or give another") from None
+            say(f"{self.folder}: a disk without locks ({error}); start no second run in it")
 
     def save(self, **state: object) -> None:
         """Write the checkpoint."""
@@ -683,7 +745,7 @@ class Run:
     def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
         """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
         UserError if it is damaged, does not fit, has other flags, or differs between processes."""
-        state = {"config": asdict(config), "metrics": [], "history": {}}
+        state = {"config": asdict(config), "metrics": [], "history": {}, "inputs": {}}
         device = next(unet.parameters()).device
         try:
             if self.checkpoint.exists():
@@ -710,44 +772,37 @@ class Run:
         """One object, or one a line. In JSON, NaN becomes null and infinity "Infinity"."""
         proper = [json.loads(json.dumps(line), parse_constant=lambda constant:
                              None if constant == "NaN" else constant) for line in lines]
-        text = "".join(json.dumps(line, indent=indent) + "\n" for line in proper)
-        (self.folder / name).write_text(text)
+        aside = self.folder / f"{name}.tmp"
+        aside.write_text("".join(json.dumps(line, indent=indent) + "\n" for line in proper))
+        aside.replace(self.folder / name)
 
-    def write_metrics(self, metrics: list[dict]) -> None:
-        """metrics.jsonl and reward.png."""
-        self.write_json("metrics.jsonl", *metrics)
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([m["epoch"] for m in metrics], [m["reward_mean"] for m in metrics], ".-")
-        axes.set(xlabel="epoch", ylabel="mean reward of the epoch's samples")
-        figure.savefig(self.folder / "reward.png", dpi=120)
-
-    def save_weights(self, unet: UNet2DConditionModel) -> None:
+    def save_weights(self, models: Models) -> None:
         """unet/, or with LoRA lora/, as diffusers loads them."""
-        is_lora = hasattr(unet, "peft_config")
-        folder = self.folder / ("lora" if is_lora else "unet")
-        if is_lora:
+        pipeline, network = models.pipeline, models.policy.unet
+        if is_lora := hasattr(network, "peft_config"):
             from peft import get_peft_model_state_dict
 
-            StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
+            pipeline.save_lora_weights(self.folder / "lora", get_peft_model_state_dict(network))
         else:
-            unet.save_pretrained(folder)
-        for file in folder.iterdir():  # safetensors makes files that others cannot read
-            file.chmod(self.checkpoint.stat().st_mode)
+            network.save_pretrained(self.folder / "unet")
+        for file in (self.folder / ("lora" if is_lora else "unet")).iterdir():
+            file.chmod(self.checkpoint.stat().st_mode)  # safetensors writes with mode 0600
 
 
-# --------------------------------------------------------------------- §9 Train, evaluate and main
+# ------------------------------------------------------------------------------------- §8 Training
 
 
 def train(config: Config, device: torch.device) -> None:
     """Algorithm 1's epochs, and what they leave on disk."""
-    if config.prompts_per_epoch % world_size():
+    parts = world_size() * (config.updates_per_epoch if config.objective in POLICY_GRADIENTS else 1)
+    if config.prompts_per_epoch % parts:
         raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch}: must be a multiple of "
-                        f"the {world_size()} processes")
+                        f"{parts}: {world_size()} processes, each update of a baseline a part")
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
-    prompts = list(dict.fromkeys(sum(load_prompts(config.prompts, say).values(), [])))
+    sets = load_prompts(config.prompts, say).values()
+    prompts = list(dict.fromkeys(prompt for of_set in sets for prompt in of_set))
     models = load_models(config, device)
     report_cut(prompts, models.pipeline.tokenizer, say)
     policy = models.policy  # all of its weights learn, or those of its LoRA adapters
@@ -756,66 +811,57 @@ def train(config: Config, device: torch.device) -> None:
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
     state = run.load(config, policy.unet)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
+    inputs = check_inputs(config, models, prompts, state["inputs"])
+    save = lambda: run.save(config=asdict(config), metrics=metrics, history=history, inputs=inputs,
+                            weights=trained, optimizer=optimizer.state_dict())
     if metrics:
         optimizer.load_state_dict(state.pop("optimizer"))
         say(f"continuing {run.folder} after epoch {len(metrics)}")
     if rank() == 0:
         run.write_json("config.json", asdict(config), indent=2)
-        run.write_metrics(metrics)  # a kill may have come between the last checkpoint and these
-
     for epoch in range(len(metrics), config.num_epochs):
         if rank() == 0 and epoch % math.ceil(config.num_epochs / 10) == 0:
-            save_grid(config, models, {"": policy}, prompts, run, f"samples/epoch_{epoch:04}.png")
+            save_grid(config, models, [policy], prompts, run, f"samples/epoch_{epoch:04}.png")
         metrics.append(run_epoch(config, models, optimizer, prompts, epoch, history))
         seconds = sum(v for name, v in metrics[-1].items() if name.startswith("seconds"))
         say(f"epoch {epoch + 1}/{config.num_epochs} | reward {metrics[-1]['reward_mean']:.4f} | "
             f"{timedelta(seconds=round(seconds * (config.num_epochs - epoch - 1)))} left")
         if rank() == 0:
-            if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.num_epochs:
-                run.save(config=asdict(config), metrics=metrics, history=history, weights=trained,
-                         optimizer=optimizer.state_dict())
-            run.write_metrics(metrics)
+            if (epoch + 1) % config.save_every == 0 and epoch + 1 < config.num_epochs:
+                save()
+            run.write_json("metrics.jsonl", *metrics)
     if rank() == 0:
-        run.save_weights(policy.unet)
-        name = f"samples/epoch_{len(metrics):04}.png"
-        save_grid(config, models, {"": policy}, prompts, run, name)
-        say(f"{run.folder} is finished. Its gain holds at its own guidance_scale, "
-            f"{config.guidance_scale}; the README's Use the result loads it. To judge it:\n"
-            f"    python prdp.py --evaluate {str(run.folder)!r}")
+        save()  # of the same weights as save_weights, wherever the loop has ended
+        run.save_weights(models)
+        save_grid(config, models, [policy], prompts, run, f"samples/epoch_{len(metrics):04}.png")
+        say(f"{run.folder} is finished; use it at its own guidance_scale, {config.guidance_scale}. "
+            f"To judge it:\n    python prdp.py --evaluate {str(run.folder)!r}")
 
 
-def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics over all processes (times are rank 0's), of the policy before updating."""
-    rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
-    is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
-    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
-               "pairless_prompts": is_pairless.double().mean().item() if B > 1 else None,
-               "between_prompt_variance": None, "explained_variance": None, "kl": None}
-    if min(rewards.shape) > 1:
-        within = rewards.var(-1).mean()
-        between = rewards.mean(-1).var() - within / B
-        metrics["between_prompt_variance"] = (between / (between + within)).item()
-    if trajectories.log_probs_ref is not None:
-        old, ref = gather(trajectories.log_probs_old), gather(trajectories.log_probs_ref)
-        loss, loss_of_ref = (prdp_loss(log_probs, log_probs, ref, rewards, math.inf,
-                                       config.kl_weight) for log_probs in (old, ref))
-        metrics["explained_variance"] = 1 - (loss / loss_of_ref).item()
-        metrics["kl"] = None if config.offline else (old - ref).mean().item()
-    for name, term in trajectories.reward_terms.items():
-        metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
-    gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
-    metrics["peak_gib"] = gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return metrics | trajectories.seconds
+def check_inputs(config: Config, models: Models, prompts: list[str], before: dict) -> dict:
+    """What a run stands on besides its flags: a hash of the prompts, one of the base model's
+    weights, each reward's score of noise. Raises UserError naming what is not as before."""
+    texts, base = hashlib.sha256("\n".join(prompts).encode()), hashlib.sha256()
+    for network in (models.reference.unet, models.pipeline.vae, models.pipeline.text_encoder):
+        for weight in network.state_dict().values():
+            base.update(weight.cpu().contiguous().numpy())
+    inputs = {"--prompts": texts.hexdigest(), "--model": base.hexdigest()}
+    noise = make_noise("", 0, (3, 64, 64)).to(models.pipeline.vae.device).clamp(0, 1)
+    scores, again = (models.reward.terms(noise, prompts[:1]) for _ in range(2))
+    for name, score in scores.items():
+        if score.allclose(again[name], equal_nan=True):
+            inputs[f"--reward {name}"] = score.nan_to_num(-math.inf).item()
+        else:
+            say(f"--reward {name} scores one image differently each time: no run can be repeated")
+    for name in before.keys() & inputs.keys():
+        then, now = before[name], inputs[name]  # another device rounds a score otherwise
+        if then != now and not (type(now) is float and math.isclose(then, now, rel_tol=1e-3)):
+            raise UserError(f"{name} is not what --run_dir {config.run_dir} was begun with, by its "
+                            "content; restore it, or give another --run_dir")
+    return inputs
 
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Note the block's wall time, the GPU's work included, as seconds[phase]."""
-    started = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    seconds[phase] = time.perf_counter() - started
+# ------------------------------------------------------------------------------------ §9 Evaluation
 
 
 def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompts: list[str],
@@ -828,27 +874,22 @@ def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompt
     return embeds, *sample_trajectories(policy, embeds, noise, config.micro_batch_size)
 
 
-def save_grid(config: Config, models: Models, policies: dict[str, Policy], prompts: list[str],
+def save_grid(config: Config, models: Models, policies: list[Policy], prompts: list[str],
               run: Run, name: str) -> None:
-    """A picture: up to eight prompts, spread over the list, by three images of each policy."""
-    columns, labels = min(8, len(prompts)), [label for label in policies for _ in range(3)]
+    """A picture: a column for each of up to eight prompts, spread over the list; three rows for
+    each policy. Not more images than an epoch has on this process, as sampling may be slow."""
+    most = config.prompts_per_epoch * config.images_per_prompt // world_size()
+    columns = min(8, len(prompts), most)
     indices = [column * len(prompts) // columns for column in range(columns)]
-    figure = Figure(figsize=(1.3 * columns, 1.4 * len(labels)), layout="constrained")
-    cells = figure.subplots(len(labels), columns, squeeze=False)
-    images = []  # of each policy (columns * 3, 3, H, W)
-    for policy in policies.values():
-        _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices, 3)
-        images.append(models.decode(latents[:, -1]))
-    for column, index in enumerate(indices):
-        title = textwrap.fill(textwrap.shorten(prompts[index], 90), 18)
-        cells[0, column].set_title(title, fontsize=8, parse_math=False)
-        rows = torch.cat([of_policy[3 * column : 3 * column + 3] for of_policy in images]).cpu()
-        for cell, image, label in zip(cells[:, column], rows, labels, strict=True):
-            cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            cell.set(xticks=[], yticks=[], ylabel="" if column else label)
+    say(f"drawing {run.folder / name}: {' | '.join(prompts[index][:60] for index in indices)}")
+    rows = []
+    for policy in policies:
+        _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices,
+                                              min(3, most // columns))
+        images = models.decode(latents[:, -1]).unflatten(0, (columns, -1))
+        rows.append(images.transpose(0, 1).flatten(0, 1))  # a row has an image of each prompt
     (run.folder / name).parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings(action="ignore"):  # of letters that matplotlib's font has not
-        figure.savefig(run.folder / name, dpi=100)
+    save_image(torch.cat(rows), run.folder / name, nrow=columns)
 
 
 def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:
@@ -876,6 +917,7 @@ def evaluate(config: Config, device: torch.device) -> None:
     """A table, json and picture of each prompt set: the base alone, or with a run's policy."""
     run, prompt_sets = Run(config.run_dir), load_prompts(config.prompts, say)
     models = load_models(config, device)
+    models.reference.unet.to(device)  # which it can share, as nothing is trained
     policies = {"base": models.reference}
     if config.evaluate != "base":
         policies["finetuned"] = models.policy
@@ -886,34 +928,37 @@ def evaluate(config: Config, device: torch.device) -> None:
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
         file = f"evaluation-{prompt_set}.json"
-        (run.folder / file).open("a").close()  # fails now, not hours later
+        if rank() == 0:  # first, as it tells at once of a folder that cannot be written
+            save_grid(config, models, [*policies.values()], prompts, run, f"{file[:-5]}.png")
         columns = {column: score_prompts(config, models, policy, prompts)
-                   for column, policy in policies.items()}  # each (prompts, R)
+                   for column, policy in policies.items()}  # each (prompts, R + 3)
         if "finetuned" in columns:
             difference = columns["difference"] = columns["finetuned"] - columns["base"]
             columns["better"] = (difference > 0).double().where(difference.isfinite(), math.nan)
-        results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error":
-                                   values[:, i].std().item() / len(prompts) ** 0.5}
-                          for column, values in columns.items()} for i, name in enumerate(names)}
+        results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error": (
+            values[:, i].var(correction=0) / (len(prompts) - 1)).sqrt().item()}
+            for column, values in columns.items()} for i, name in enumerate(names)}
         if rank() == 0:
             content = {"config": asdict(config), "prompts": prompt_set, "results": results}
             run.write_json(file, content, indent=2)
-            save_grid(config, models, policies, prompts, run, file.replace(".json", ".png"))
         say(f"{prompt_set}: {len(prompts)} prompts x {config.samples_per_prompt} samples; mean ± "
             f"standard error over prompts; {run.folder / file} and .png")
         for name, result in results.items():
             cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
-                     for column, value in result.items()]
-            say(f"{name:<24}{'   '.join(cells)}")
+                     for column, value in result.items() if math.isfinite(value["mean"])]
+            say(f"{name:<32}{'   '.join(cells) or 'gives these prompts no score'}".replace(
+                " ± nan", ""))  # of one prompt
 
+
+# ------------------------------------------------------------------------------- §10 Flags and main
 
 MULTI = dict(
     prompts="pickapic", reward="pickscore=10,hpsv2=2,aesthetic=0.05", num_epochs=1000,
     updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
 DEMO = dict(  # its judge is only logged
     model="demo/model", reward="clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0",
-    num_epochs=16, updates_per_epoch=1, prompts_per_epoch=44, images_per_prompt=6, num_steps=10,
-    kl_weight=1.0, clip_range=1e-4, guidance_scale=1.5, learning_rate=1e-4, micro_batch_size=64,
+    num_epochs=8, updates_per_epoch=4, prompts_per_epoch=44, images_per_prompt=6, num_steps=10,
+    kl_weight=0.3, clip_range=1e-4, guidance_scale=3.0, learning_rate=1e-4, micro_batch_size=64,
     save_every=1)
 PRESETS = {
     "small": {},
@@ -922,18 +967,16 @@ PRESETS = {
     "demo": DEMO,
     "demo-large": DEMO | dict(prompts="emoji", num_epochs=80),
 }
-# An objective's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
+# A baseline's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.
 OBJECTIVES = {
-    "prdp": {},
-    "grpo": dict(clip_range=1e-4),
-    "rloo": dict(clip_range=1e-4),
+    "grpo": dict(updates_per_epoch=2, clip_range=1e-4),
+    "rloo": dict(updates_per_epoch=2, clip_range=1e-4),
     "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
 }
-# The least value of a number, 1 for those not here. A pair takes two images of a prompt.
+# The smallest allowed value of each numeric flag; 1 for those that are not here.
 LEAST = dict(seed=-math.inf, guidance_scale=-math.inf, tracker_size=0, lora_rank=0, clip_range=0,
-             learning_rate=0, weight_decay=0, kl_weight=1e-12, max_grad_norm=1e-12, num_steps=2,
-             images_per_prompt=2)
+             learning_rate=0, weight_decay=0, kl_weight=1e-12, max_grad_norm=1e-12, num_steps=2)
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -950,7 +993,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     defaults = asdict(Config()) | PRESETS[given.preset]
     if given.objective == "ddpo":
         defaults["prompts_per_epoch"] *= defaults["images_per_prompt"]
-    defaults |= OBJECTIVES[given.objective]
+    defaults |= OBJECTIVES.get(given.objective, {})
     if given.evaluate not in (None, "base"):
         try:
             flags = json.loads(Path(given.evaluate, "config.json").read_text())
@@ -962,14 +1005,19 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
-    name = "base" if config.evaluate else "+".join(names)
-    config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
-
-    least = LEAST | ({"images_per_prompt": 1} if config.objective == "ddpo" else {})
+    if config.run_dir is None:
+        name = "base" if config.evaluate else "+".join(names)
+        config.run_dir = f"runs/{config.preset}-{name}"
+    for name in ("run_dir", "model", "evaluate"):
+        if (value := getattr(config, name)) == "":
+            fail(f"--{name}: it is empty")
+        if value:  # a shell leaves ~ as it is in --flag=~/x
+            setattr(config, name, os.path.expanduser(value))
+    least = LEAST | {"images_per_prompt": 1 if config.objective == "ddpo" else 2}  # 2 are a pair
     for name, value in asdict(config).items():
         if type(value) in (int, float) and not value >= least.get(name, 1):
             fail(f"--{name} {value}: must be at least {least.get(name, 1)}")
-    if config.offline and config.objective != "prdp":
+    if config.offline and config.objective in POLICY_GRADIENTS:
         fail(f"--offline: {config.objective} is a policy gradient and needs its policy's samples")
     return config
 
@@ -977,7 +1025,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # files are safe, and Ctrl-C ends without a word
     device = start_distributed()
-    logging.disable()  # the libraries' warnings: what fails is raised in any case
+    for library in ("transformers.tokenization_utils_base", "diffusers.pipelines"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # `report_cut` tells of long prompts
     transformers.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
     if rank() == 0:
