@@ -68,11 +68,9 @@ import logging
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -122,26 +120,23 @@ class Config:
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts in each epoch, of all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
     kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
-    clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step's log ratio, nats per "
-                              "element (baselines: of the likelihood ratio); inf: no clipping")
-    num_steps: int = HfArg(default=50, help="T: denoising steps")
+    clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step, nats per element; inf")
+    num_steps: int = HfArg(default=50, help="T: denoising steps, best a divisor of 1000")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance; part of the policy")
     learning_rate: float = HfArg(default=1e-5, help="AdamW's learning rate")
     weight_decay: float = HfArg(default=1e-4, help="AdamW's weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which the gradient is clipped")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
-    tracker_size: int = HfArg(default=32, help="ddpo only: past rewards kept for each prompt; 0: "
-                              "normalise by the whole epoch's")
+    tracker_size: int = HfArg(default=32, help="ddpo: rewards remembered per prompt; 0: none")
     # The machine
     lora_rank: int = HfArg(default=0, help="rank of LoRA adapters; 0 trains all weights")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="on a GPU; "
-        "bf16: the UNet's, others in TF32. Default: bf16 at K = 1, else tf32. Rewards: float32")
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="on a GPU, of "
+        "all but rewards; bf16: of the UNet, others in TF32. Default: bf16 at K = 1, else tf32")
     micro_batch_size: int = HfArg(default=4, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     # Evaluation
-    evaluate: str | None = HfArg(default=None, help="do not train: compare the run in this folder "
-                                 "with its base model, or evaluate `base` alone")
+    evaluate: str | None = HfArg(default=None, help="compare this run with its base; or: base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt in an evaluation")
 
 
@@ -253,7 +248,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
 
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
-    element; bit for bit those of sampling, if this policy sampled the trajectories.
+    element; bit for bit those of sampling, if this policy has sampled the trajectories.
     """
     timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
     log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
@@ -507,9 +502,8 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
     """An epoch's metrics over all processes (times are rank 0's), of the policy before updating."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
-    is_pairless = rewards.amax(-1) == rewards.amin(-1)  # (N,)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
-               "pairless_prompts": is_pairless.double().mean().item() if B > 1 else None,
+               "pairless_prompts": (rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
                "between_prompt_variance": None, "explained_variance": None, "kl": None}
     if min(rewards.shape) > 1:
         within = rewards.var(-1).mean()
@@ -523,9 +517,8 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
         metrics["kl"] = (old - ref).mean().item()
     for name, term in trajectories.reward_terms.items():
         metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
-    gib = torch.cuda.max_memory_allocated() / 2**30  # or, if no GPU is used, the resident set's
-    metrics["peak_gib"] = gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return metrics | trajectories.seconds
+    peak = torch.cuda.max_memory_allocated() / 2**30  # 0 where no GPU is used
+    return metrics | {"peak_gib": peak} | trajectories.seconds
 
 
 @contextlib.contextmanager
@@ -554,9 +547,8 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """P prompts -> (P, L, F), cut at the tokenizer's limit, 77 tokens for Stable Diffusion."""
-        return self.pipeline.encode_prompt(
-            prompts, self.pipeline.vae.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=False)[0]
+        return self.pipeline.encode_prompt(prompts, self.pipeline.vae.device, 1,
+                                           do_classifier_free_guidance=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -640,8 +632,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
     if config.num_steps >= len(scheduler.betas):
         raise UserError(f"--num_steps {config.num_steps}: must be less than {len(scheduler.betas)}")
     scheduler.set_timesteps(config.num_steps)
-    if (start := scheduler.timesteps[0].item()) < 0.9 * len(scheduler.betas):
-        say(f"--num_steps {config.num_steps} starts at t = {start}; 10, 20, 25 or 50 start higher")
     return StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -719,7 +709,7 @@ class Run:
     flushed and renamed, so that the one before stays whole. All else is written from it."""
 
     def __init__(self, folder: str):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()  # a shell leaves ~ as it is in --run_dir=~/x
         self.checkpoint = self.folder / "checkpoint.pt"
 
     def lock(self) -> None:
@@ -742,10 +732,10 @@ class Run:
             os.fsync(file.fileno())
         aside.replace(self.checkpoint)
 
-    def load(self, config: Config, unet: UNet2DConditionModel) -> dict:
-        """The checkpoint, whose weights go to unet; without one, a new run's state. Raises
-        UserError if it is damaged, does not fit, has other flags, or differs between processes."""
-        state = {"config": asdict(config), "metrics": [], "history": {}, "inputs": {}}
+    def load(self, unet: UNet2DConditionModel, made_with: dict) -> dict:
+        """The checkpoint, whose weights go to unet, or a new run's state. It raises UserError
+        for damage, for what does not fit or is not made_with, or if it differs by process."""
+        state = {"config": made_with, "metrics": [], "history": {}}
         device = next(unet.parameters()).device
         try:
             if self.checkpoint.exists():
@@ -758,11 +748,12 @@ class Run:
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another --run_dir") from None
-        changed = [f"--{name} {then} and not {now}" for name, now in asdict(config).items()
-                   if (then := state["config"].get(name)) != now and name not in MAY_CHANGE]
-        if changed and config.evaluate is None:
-            raise UserError(f"--run_dir {self.folder} was made with {', '.join(changed)}; give "
-                            "the same flags, or another --run_dir")
+        for name in (made_with.keys() & state["config"].keys()) - MAY_CHANGE:
+            then, now = state["config"][name], made_with[name]
+            # Another device rounds a score otherwise.
+            if then != now and not ("score" in name and math.isclose(then, now, rel_tol=1e-3)):
+                raise UserError(f"--run_dir {self.folder} was made with --{name} {then} and not "
+                                f"{now}; give the same, or another --run_dir")
         if len(gather(torch.tensor([len(state["metrics"])], device=device)).unique()) > 1:
             raise UserError(f"{self.checkpoint} is not the same in all processes; give a folder "
                             "that all machines share, or wait for the run that is at work on it")
@@ -779,14 +770,12 @@ class Run:
     def save_weights(self, models: Models) -> None:
         """unet/, or with LoRA lora/, as diffusers loads them."""
         pipeline, network = models.pipeline, models.policy.unet
-        if is_lora := hasattr(network, "peft_config"):
+        if hasattr(network, "peft_config"):
             from peft import get_peft_model_state_dict
 
             pipeline.save_lora_weights(self.folder / "lora", get_peft_model_state_dict(network))
         else:
             network.save_pretrained(self.folder / "unet")
-        for file in (self.folder / ("lora" if is_lora else "unet")).iterdir():
-            file.chmod(self.checkpoint.stat().st_mode)  # safetensors writes with mode 0600
 
 
 # ------------------------------------------------------------------------------------- §8 Training
@@ -809,11 +798,11 @@ def train(config: Config, device: torch.device) -> None:
     trained = {name: w for name, w in policy.unet.named_parameters() if w.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
-    state = run.load(config, policy.unet)
+    made_with = asdict(config) | contents(config, models, prompts)
+    state = run.load(policy.unet, made_with)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
-    inputs = check_inputs(config, models, prompts, state["inputs"])
-    save = lambda: run.save(config=asdict(config), metrics=metrics, history=history, inputs=inputs,
-                            weights=trained, optimizer=optimizer.state_dict())
+    save = lambda: run.save(config=made_with, metrics=metrics, history=history, weights=trained,
+                            optimizer=optimizer.state_dict())
     if metrics:
         optimizer.load_state_dict(state.pop("optimizer"))
         say(f"continuing {run.folder} after epoch {len(metrics)}")
@@ -824,8 +813,8 @@ def train(config: Config, device: torch.device) -> None:
             save_grid(config, models, [policy], prompts, run, f"samples/epoch_{epoch:04}.png")
         metrics.append(run_epoch(config, models, optimizer, prompts, epoch, history))
         seconds = sum(v for name, v in metrics[-1].items() if name.startswith("seconds"))
-        say(f"epoch {epoch + 1}/{config.num_epochs} | reward {metrics[-1]['reward_mean']:.4f} | "
-            f"{timedelta(seconds=round(seconds * (config.num_epochs - epoch - 1)))} left")
+        left = timedelta(seconds=round(seconds * (config.num_epochs - epoch - 1)))
+        say(f"epoch {epoch + 1} | reward {metrics[-1]['reward_mean']:.4f} | {left} left")
         if rank() == 0:
             if (epoch + 1) % config.save_every == 0 and epoch + 1 < config.num_epochs:
                 save()
@@ -838,27 +827,22 @@ def train(config: Config, device: torch.device) -> None:
             f"To judge it:\n    python prdp.py --evaluate {str(run.folder)!r}")
 
 
-def check_inputs(config: Config, models: Models, prompts: list[str], before: dict) -> dict:
-    """What a run stands on besides its flags: a hash of the prompts, one of the base model's
-    weights, each reward's score of noise. Raises UserError naming what is not as before."""
+def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, str | float]:
+    """What a run stands on besides its flags, by what to call it: a hash of the prompts, one of the
+    base model's weights, and each reward's score of noise, if it has but one."""
     texts, base = hashlib.sha256("\n".join(prompts).encode()), hashlib.sha256()
     for network in (models.reference.unet, models.pipeline.vae, models.pipeline.text_encoder):
         for weight in network.state_dict().values():
             base.update(weight.cpu().contiguous().numpy())
-    inputs = {"--prompts": texts.hexdigest(), "--model": base.hexdigest()}
+    found = {"prompts' content": texts.hexdigest(), "model's content": base.hexdigest()}
     noise = make_noise("", 0, (3, 64, 64)).to(models.pipeline.vae.device).clamp(0, 1)
     scores, again = (models.reward.terms(noise, prompts[:1]) for _ in range(2))
     for name, score in scores.items():
         if score.allclose(again[name], equal_nan=True):
-            inputs[f"--reward {name}"] = score.nan_to_num(-math.inf).item()
+            found[f"reward {name}'s score of noise"] = score.nan_to_num(-math.inf).item()
         else:
             say(f"--reward {name} scores one image differently each time: no run can be repeated")
-    for name in before.keys() & inputs.keys():
-        then, now = before[name], inputs[name]  # another device rounds a score otherwise
-        if then != now and not (type(now) is float and math.isclose(then, now, rel_tol=1e-3)):
-            raise UserError(f"{name} is not what --run_dir {config.run_dir} was begun with, by its "
-                            "content; restore it, or give another --run_dir")
-    return inputs
+    return found
 
 
 # ------------------------------------------------------------------------------------ §9 Evaluation
@@ -921,7 +905,7 @@ def evaluate(config: Config, device: torch.device) -> None:
     policies = {"base": models.reference}
     if config.evaluate != "base":
         policies["finetuned"] = models.policy
-        if not Run(config.evaluate).load(config, models.policy.unet)["metrics"]:
+        if not Run(config.evaluate).load(models.policy.unet, {})["metrics"]:
             raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
     run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum", "kl", "weighted sum - kl_weight * kl"]
@@ -974,9 +958,6 @@ OBJECTIVES = {
     "rloo": dict(updates_per_epoch=2, clip_range=1e-4),
     "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
 }
-# The smallest allowed value of each numeric flag; 1 for those that are not here.
-LEAST = dict(seed=-math.inf, guidance_scale=-math.inf, tracker_size=0, lora_rank=0, clip_range=0,
-             learning_rate=0, weight_decay=0, kl_weight=1e-12, max_grad_norm=1e-12, num_steps=2)
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -996,7 +977,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     defaults |= OBJECTIVES.get(given.objective, {})
     if given.evaluate not in (None, "base"):
         try:
-            flags = json.loads(Path(given.evaluate, "config.json").read_text())
+            flags = json.loads(Path(given.evaluate, "config.json").expanduser().read_text())
             defaults |= {name: flags.get(name, default) for name, default in defaults.items()}
         except Exception as error:  # no folder, no file, or one with something else in it
             fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
@@ -1004,19 +985,14 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
-    names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
-    if config.run_dir is None:
-        name = "base" if config.evaluate else "+".join(names)
-        config.run_dir = f"runs/{config.preset}-{name}"
-    for name in ("run_dir", "model", "evaluate"):
-        if (value := getattr(config, name)) == "":
-            fail(f"--{name}: it is empty")
-        if value:  # a shell leaves ~ as it is in --flag=~/x
-            setattr(config, name, os.path.expanduser(value))
-    least = LEAST | {"images_per_prompt": 1 if config.objective == "ddpo" else 2}  # 2 are a pair
+    if min(config.num_steps, config.images_per_prompt + (config.objective == "ddpo")) < 2:
+        fail("--num_steps and --images_per_prompt must be at least 2, as a pair takes two images")
     for name, value in asdict(config).items():
-        if type(value) in (int, float) and not value >= least.get(name, 1):
-            fail(f"--{name} {value}: must be at least {least.get(name, 1)}")
+        if value == "" or type(value) in (int, float) and not value >= 0:
+            fail(f"--{name} {value}: must not be negative or empty")
+    names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
+    names = ["base"] if config.evaluate else names
+    config.run_dir = config.run_dir or f"runs/{config.preset}-{'+'.join(names)}"
     if config.offline and config.objective in POLICY_GRADIENTS:
         fail(f"--offline: {config.objective} is a policy gradient and needs its policy's samples")
     return config
@@ -1028,7 +1004,6 @@ def main() -> None:
     for library in ("transformers.tokenization_utils_base", "diffusers.pipelines"):
         logging.getLogger(library).setLevel(logging.ERROR)  # `report_cut` tells of long prompts
     transformers.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
-    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
     if rank() == 0:
         huggingface_hub.utils.enable_progress_bars()
     try:
@@ -1037,8 +1012,7 @@ def main() -> None:
     except Exception as error:
         time.sleep(5 * (rank() > 0))  # what all meet is told by rank 0, and torchrun ends the rest
         if isinstance(error, torch.OutOfMemoryError):
-            error = (f"{device} is out of memory; lower --micro_batch_size, add "
-                     "--gradient_checkpointing, or begin another --run_dir with --lora_rank")
+            error = f"{device} is out of memory: lower --micro_batch_size, add --gradient_checkpointing"
         elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
             error = explain(error)  # the disk, if that is behind it
