@@ -51,12 +51,15 @@ class UserError(ValueError):
 def load_prompts(sources: str, say: Callable[[str], None]) -> dict[str, list[str]]:
     """The prompts of each set of a list, by its name, or of each file, by its name's stem.
 
-    It tells `say` what was read and left out. Raises UserError naming --prompts.
+    Files with the same stem have their paths for names. It tells `say` what was read and left out.
+    Raises UserError naming --prompts.
     """
+    files = list(dict.fromkeys(Path(source) for source in split_list(sources, "--prompts")))
+    stems = [Path(file.name.removesuffix(".gz")).stem for file in files]
     prompt_sets = {}
-    for source in split_list(sources, "--prompts"):
-        prompts, remark = read_prompts(source)
-        prompt_sets.setdefault(Path(source).stem, []).extend(prompts)
+    for file, stem in zip(files, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else str(file).replace("/", "-")
+        prompt_sets[name], remark = read_prompts(str(file))
         say(remark)
     return prompt_sets
 

@@ -28,13 +28,19 @@ def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_pa
     assert len(animals) == 45 and animals[1] == "A painting of a dog"
 
 
-def test_sets_of_one_name_are_one_and_each_is_told_of(tmp_path):
-    for folder, line in (("a", "cat"), ("b", "bat")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "two.txt").write_text(line)
+def test_two_files_of_one_name_are_two_sets_named_by_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/two.txt", "b/two.txt", "b/two.csv", "b/one.txt", "hpdv2.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"prompt\n{name}\n" if name.endswith("csv") else name)
     said = []
-    sets = load_prompts(f"{tmp_path}/a/two.txt, {tmp_path}/b/two.txt", said.append)
-    assert sets == {"two": ["cat", "bat"]} and len(said) == 2
+    sets = load_prompts("a/two.txt, b/two.txt, ./a/two.txt,b/two.csv,b/one.txt", said.append)
+    assert sets == {"a-two.txt": ["a/two.txt"], "b-two.txt": ["b/two.txt"],
+                    "b-two.csv": ["b/two.csv"], "one": ["b/one.txt"]}
+    assert [line.split(":")[0] for line in said] == ["a/two.txt", "b/two.txt", "b/two.csv",
+                                                     "b/one.txt"]
+    monkeypatch.setattr(prompts.sets, "read_set", lambda name: [name])
+    assert list(load_prompts("hpdv2,hpdv2.txt", print)) == ["hpdv2", "hpdv2.txt"]
 
 
 TABLES = {
