@@ -11,6 +11,7 @@ The rule for lists in flags and the explanation of what the hub raises are here 
 --prompts, --reward and --model share them.
 """
 
+import contextlib
 import csv
 import errno
 import json
@@ -35,12 +36,9 @@ SETS = {  # name -> dataset of the hub, and its files
     "pickapic-test": ("yuvalkirstain/pickapic_v1_no_images", "data/test_unique-*.parquet"),
     "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),
 }
-SAMPLES = {"hpdv2-500": ("hpdv2", 500)}  # as Table 2's prompts that were seen in training
-# The small world's, made without a network from its grammar.
-MADE = {"emoji": lambda: small_world(held_out=False),
-        "emoji-500": lambda: small_world(held_out=False)[:500],
-        "emoji-unseen": lambda: small_world(held_out=True)}
-NAMES = [*SETS, *SAMPLES, *MADE]
+# Sentences of demo/grammar.py: held out or not, and how many.
+MADE = {"emoji": (False, None), "emoji-500": (False, 500), "emoji-unseen": (True, 500)}
+NAMES = [*SETS, "hpdv2-500", *MADE]
 COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
 
 
@@ -137,31 +135,24 @@ def find_column(names: list[str]) -> str:
 
 
 def read_set(name: str) -> list[str]:
-    """The distinct prompts of a named set."""
-    return MADE[name]() if name in MADE else read_file(prompt_file(name))
+    """The prompts of a named set; HF_HOME/prdp keeps what was downloaded."""
+    if name in MADE:
+        from demo.grammar import prompts
 
-
-def small_world(held_out: bool) -> list[str]:
-    """More than 100,000 sentences of demo/grammar.py, or the 500 that are held out."""
-    from demo.grammar import prompts
-
-    return prompts(held_out)
-
-
-def prompt_file(name: str) -> Path:
-    """The text file with the set's distinct prompts, one a line, made if it is not there yet."""
+        is_held_out, count = MADE[name]
+        return prompts(is_held_out)[:count]
+    if name == "hpdv2-500":  # as Table 2's prompts that were seen in training
+        return random.Random(0).sample(read_set("hpdv2"), 500)
     file = Path(HF_HOME, "prdp", f"{name}.txt")
-    if not file.exists():
-        if name in SAMPLES:
-            source, count = SAMPLES[name]
-            lines = random.Random(0).sample(read_set(source), count)
-        else:
-            lines = dict.fromkeys(filter(None, download(*SETS[name])))  # keeps the order
+    with contextlib.suppress(OSError):  # it is not there, or not ours to read
+        return file.read_text("utf-8").splitlines()
+    prompts = list(dict.fromkeys(filter(None, download(*SETS[name]))))  # keeps the order
+    with contextlib.suppress(OSError):  # what cannot be kept is used all the same
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in lines), "utf-8")
+        temporary.write_text("\n".join(prompts) + "\n", "utf-8")
         temporary.replace(file)
-    return file
+    return prompts
 
 
 def download(dataset: str, pattern: str) -> list[str]:
@@ -221,7 +212,7 @@ def main() -> None:
     match sys.argv[1:]:
         case [name, target] if name in NAMES:
             try:
-                Path(target).write_text("".join(line + "\n" for line in read_set(name)), "utf-8")
+                Path(target).write_text("\n".join(read_set(name)) + "\n", "utf-8")
             except Exception as error:
                 sys.exit(f"prompts/sets.py: error: {name} cannot be copied ({explain(error)})")
         case _:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prompts.sets
-from prompts.sets import NAMES, explain, load_prompts, read_prompts, split_list
+from prompts.sets import explain, load_prompts, read_prompts, split_list
 
 
 def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_path):
@@ -109,8 +109,6 @@ def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypat
     monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prompts.sets, "snapshot_download",
                         lambda dataset, **options: asked.append((dataset, options)) or str(hub))
-    monkeypatch.setitem(prompts.sets.MADE, "made", lambda: ["c", "d", "c"])
-    monkeypatch.setattr(prompts.sets, "NAMES", [*NAMES, "made"])
 
     hpdv2 = read_prompts("hpdv2")[0]
     assert hpdv2 == ["two lines", *(f"p{i}" for i in range(600))]
@@ -120,14 +118,33 @@ def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypat
     options = dict(repo_type="dataset", allow_patterns="train.json")
     assert len(asked) == 4 and asked[0] == ("ymhao/HPDv2", options)
     assert read_prompts("hpdv2-500")[0] == random.Random(0).sample(hpdv2, 500)
-    assert read_prompts("made")[0] == ["c", "d"]
-    assert len(asked) == 4  # kept
+    assert read_prompts("hpdv2")[0] == hpdv2 and len(asked) == 4  # kept
 
     monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-painting", str(tmp_path / "copy.txt")])
     prompts.sets.main()
     assert read_prompts(str(tmp_path / "copy.txt"))[0] == ["ä", "b"]
     with pytest.raises(ValueError, match="hpdv2-animation .*no benchmark/anime.json"):
         read_prompts("hpdv2-animation")
+
+
+def test_a_set_that_cannot_be_kept_is_read_and_copied_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark/photo.json").write_text('["a", "b"]')
+    monkeypatch.setattr(prompts.sets, "snapshot_download", lambda *args, **options: str(tmp_path))
+
+    def refuse(path, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for broken in ("mkdir", "read_text", "write_text", "replace"):
+        monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / broken))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, broken, refuse)
+            assert read_prompts("hpdv2-photo")[0] == ["a", "b"]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "file"))  # so no folder is made
+    monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-photo", str(tmp_path / "copy.txt")])
+    prompts.sets.main()
+    assert (tmp_path / "copy.txt").read_text() == "a\nb\n"
 
 
 def test_commas_separate_a_flags_items_and_quotes_keep_them():
