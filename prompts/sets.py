@@ -3,23 +3,46 @@
     python -m prompts.sets                   # the names
     python -m prompts.sets hpdv2 hpdv2.txt   # a copy for machines without a network
 
-The hub's are what the paper trains on (hpdv2, pickapic) and judges by (most others). Users of image
-generators wrote them, unfiltered, so they are not part of this repository but fetched at first use,
-and kept in HF_HOME/prdp, one a line.
+hpdv2            HPDv2's training prompts, as in the paper; ymhao/HPDv2, Apache-2.0
+hpdv2-500        500 of them, drawn at random
+hpdv2-animation  HPDv2's benchmark, 800 prompts; zhwang/HPDv2, Apache-2.0. Its other styles are
+                 hpdv2-concept-art, hpdv2-painting and hpdv2-photo
+pickapic         Pick-a-Pic v1's training captions, as in the paper; some are not safe for work;
+                 yuvalkirstain/pickapic_v1_no_images, MIT
+pickapic-test    those of its unique test
+partiprompts     PartiPrompts, 1,632; nateraw/parti-prompts, Apache-2.0
+emoji            more than 100,000 sentences of the demo's world, made by demo/grammar.py
+emoji-500        500 of them
+emoji-unseen     500 others; neither the demo's base model nor PRDP trains on their combinations
+
+The hub's are huggingface.co/datasets/ID. They are not filtered, so they are not part of this
+repository, but fetched at first use and kept in HF_HOME/prdp. Licences are as far as we know them.
+
+A text file (.txt) has one prompt a line: animals.txt has the paper's 45, unseen.txt 120 of ours in
+HPDv2's four styles. A table (.csv, .tsv, .json, .jsonl, .ndjson, .parquet) is read by its column
+prompt, caption or text. The first line of a .csv names the columns and shows the separator: comma,
+semicolon, | or tab. A prompt with the separator in it stands in double quotes. In a .tsv, quotes
+are part of the prompt. Files are UTF-8 and may be packed (.gz). Prompts that look like JSON or like
+the items of a list ("- a cat") are refused, because the marks would be trained on.
 
 The rule for lists in flags and the explanation of what the hub raises are here too, because
 --prompts, --reward and --model share them.
 """
 
+import contextlib
 import csv
 import errno
+import gzip
+import io
 import json
 import os
 import pickle
 import random
+import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import errors, is_offline_mode, snapshot_download
@@ -35,13 +58,13 @@ SETS = {  # name -> dataset of the hub, and its files
     "pickapic-test": ("yuvalkirstain/pickapic_v1_no_images", "data/test_unique-*.parquet"),
     "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),
 }
-SAMPLES = {"hpdv2-500": ("hpdv2", 500)}  # as Table 2's prompts that were seen in training
-# The small world's, made without a network from its grammar.
-MADE = {"emoji": lambda: small_world(held_out=False),
-        "emoji-500": lambda: small_world(held_out=False)[:500],
-        "emoji-unseen": lambda: small_world(held_out=True)}
-NAMES = [*SETS, *SAMPLES, *MADE]
-COLUMNS = ("prompt", "caption", "text")  # of tables, in upper or lower case; the first one counts
+# Sentences of demo/grammar.py: held out or not, and how many.
+MADE = {"emoji": (False, None), "emoji-500": (False, 500), "emoji-unseen": (True, 500)}
+NAMES = [*SETS, "hpdv2-500", *MADE]
+COLUMNS = ("prompt", "caption", "text")  # or their plurals, in any case; the first one counts
+# Of lists and JSON: [a], {a, • a, - a, 1. a, <a>, "a", 'a': and text: a.
+MARKED = re.compile(r"""[][{}•] | [-*+–]\s | \(?\d+\s?[-.):|]\s | <.*>$ |
+    ("[^"]*"|'[^']*')\s*([,:]|$) | (prompt|caption|text)s?(\s\d+)?:""", re.I | re.X)
 
 
 class UserError(ValueError):
@@ -51,12 +74,15 @@ class UserError(ValueError):
 def load_prompts(sources: str, say: Callable[[str], None]) -> dict[str, list[str]]:
     """The prompts of each set of a list, by its name, or of each file, by its name's stem.
 
-    It tells `say` what was read and left out. Raises UserError naming --prompts.
+    Files with the same stem have their paths for names. It tells `say` what was read and left out.
+    Raises UserError naming --prompts.
     """
+    files = list(dict.fromkeys(Path(source) for source in split_list(sources, "--prompts")))
+    stems = [Path(file.name.removesuffix(".gz")).stem for file in files]
     prompt_sets = {}
-    for source in split_list(sources, "--prompts"):
-        prompts, remark = read_prompts(source)
-        prompt_sets.setdefault(Path(source).stem, []).extend(prompts)
+    for file, stem in zip(files, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else str(file).replace("/", "-")
+        prompt_sets[name], remark = read_prompts(str(file))
         say(remark)
     return prompt_sets
 
@@ -82,11 +108,14 @@ def read_prompts(source: str) -> tuple[list[str], str]:
         if source in NAMES:
             hint = f"; elsewhere `python -m prompts.sets {source} FILE` makes a file of them"
         raise UserError(f"--prompts {source} cannot be read ({explain(error)}){hint}") from error
-    lines = [line.strip() for line in lines]
     filled = [line for line in lines if 0 < len(line) <= 10_000]  # else encoding takes seconds
     distinct = list(dict.fromkeys(filled))
     if not distinct:
         raise UserError(f"--prompts {source}: there is no prompt in it; write one a line")
+    marked = list(filter(MARKED.match, distinct))
+    if 2 * len(marked) >= len(distinct):
+        raise UserError(f"--prompts {source}: {textwrap.shorten(marked[0], 60)!r} looks like JSON "
+                        "or an item of a list; name JSON .json, or leave the marks out")
     blank = lines.count("")
     said = (f"{source}: {len(distinct)} prompts; left out {blank} blank and "
             f"{len(filled) - len(distinct)} repeated lines")
@@ -96,69 +125,102 @@ def read_prompts(source: str) -> tuple[list[str], str]:
 
 
 def read_file(file: Path) -> list[str]:
-    """The lines of a text file, or the prompts of a table, one for each of its rows."""
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        try:
+    """The prompts of a text file or of a table, each as one line."""
+    opener, name = (gzip.open, file.stem) if file.suffix.lower() == ".gz" else (open, file.name)
+    suffix = Path(name).suffix.lower()
+    with opener(file, "rb") as binary:
+        if suffix == ".parquet":
             from pyarrow import parquet
-        except ImportError:
-            raise ImportError("it takes pyarrow: pip install pyarrow") from None
-        column = find_column(parquet.read_schema(file).names)
-        prompts = parquet.read_table(file, columns=[column])[column].to_pylist()
-    elif suffix in (".csv", ".tsv", ".json", ".jsonl"):
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            if suffix == ".csv":
-                rows = list(csv.DictReader(lines))
-            elif suffix == ".tsv":  # a quotation mark is part of the prompt
-                rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-            else:
-                rows = json.load(lines) if suffix == ".json" else list(map(json.loads, lines))
-        if not isinstance(rows, list):
-            raise ValueError("it is not a list of prompts or of rows")
-        column = find_column(rows[0]) if rows and isinstance(rows[0], dict) else None
-        prompts = [row.get(column) if column else row for row in rows]
-    else:
-        return file.read_text("utf-8-sig").removesuffix("\n").split("\n")
-    if not all(isinstance(prompt, str | None) for prompt in prompts):
-        raise ValueError("some of its prompts are not text")
-    return [" ".join((prompt or "").split()) for prompt in prompts]  # a prompt is a line
+
+            table = parquet.ParquetFile(binary)
+            rows = table.read(find_columns(table.schema_arrow.names)).to_pylist()
+        elif suffix in READERS:
+            rows = READERS[suffix](io.TextIOWrapper(binary, "utf-8-sig").read())
+        else:
+            raise ValueError(f"its name ends in {suffix}; write one prompt a line in a .txt file, "
+                             "or a table in a .csv, .tsv, .json, .jsonl or .parquet file")
+    return find_prompts(rows)
 
 
-def find_column(names: list[str]) -> str:
-    """The column that holds the prompts."""
-    by_name = {name.lower(): name for name in names if name}
+def read_text(text: str) -> list[str]:
+    lines = text.removesuffix("\n").split("\n")
+    if {*COLUMNS} & set(re.split("[,;|\t]", lines[0].lower())) or "\t" in lines[0].strip():
+        raise ValueError("its first line looks like a table's: name it .csv or .tsv")
+    return lines
+
+
+def read_csv(text: str, separators=",;|\t", quoting=csv.QUOTE_MINIMAL) -> list[dict]:
+    separator = max(separators, key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True,
+                            skipinitialspace=True)
+    rows = []
+    for row in reader:
+        if any(row.pop(None, ())):  # the fields without a name
+            raise ValueError(f"line {reader.line_num} has more fields than the first line; in a "
+                             ".csv, double quotes hold a prompt that has the separator in it")
+        rows.append(row)
+    return rows
+
+
+def read_json(text: str) -> list:
+    """JSON values that follow each other: a list, or rows with or without empty lines."""
+    text, position, values = text.strip(), 0, []
+    while position < len(text):
+        value, position = json.JSONDecoder().raw_decode(text, position)
+        position = re.compile(r"[\s,]*").match(text, position).end()
+        values.append(value)
+    return values
+
+
+READERS = {"": read_text, ".txt": read_text, ".csv": read_csv,
+           ".tsv": partial(read_csv, separators="\t", quoting=csv.QUOTE_NONE),
+           ".json": read_json, ".jsonl": read_json, ".ndjson": read_json}
+
+
+def find_prompts(rows: list) -> list[str]:
+    """The texts in a list whose items are texts, lists of the same kind, or rows with columns."""
+    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    columns = find_columns(names) if names else []
+    prompts = []
+    for row in rows:
+        if isinstance(row, dict):
+            row = [row[name] for name in columns if name in row] or None
+        if isinstance(row, list):
+            prompts += find_prompts(row)
+        elif isinstance(row, str | None):
+            prompts.append(" ".join((row or "").split()))
+        else:
+            raise ValueError("some of its prompts are not text")
+    return prompts
+
+
+def find_columns(names: Iterable[str]) -> list[str]:
+    """The name of the prompts' column, and its other spellings, as rows may differ in them."""
     for column in COLUMNS:
-        if column in by_name:
-            return by_name[column]
-    raise ValueError(f"none of its columns is {', '.join(COLUMNS)}, but {', '.join(by_name)}")
+        if found := [name for name in names if name.strip().lower() in (column, f"{column}s")]:
+            return found
+    raise ValueError(f"no column is named {', '.join(COLUMNS)}, but {', '.join(names)}")
 
 
 def read_set(name: str) -> list[str]:
-    """The distinct prompts of a named set."""
-    return MADE[name]() if name in MADE else read_file(prompt_file(name))
+    """The prompts of a named set; HF_HOME/prdp keeps what was downloaded."""
+    if name in MADE:
+        from demo.grammar import prompts
 
-
-def small_world(held_out: bool) -> list[str]:
-    """More than 100,000 sentences of demo/grammar.py, or the 500 that are held out."""
-    from demo.grammar import prompts
-
-    return prompts(held_out)
-
-
-def prompt_file(name: str) -> Path:
-    """The text file with the set's distinct prompts, one a line, made if it is not there yet."""
+        is_held_out, count = MADE[name]
+        return prompts(is_held_out)[:count]
+    if name == "hpdv2-500":  # as Table 2's prompts that were seen in training
+        return random.Random(0).sample(read_set("hpdv2"), 500)
     file = Path(HF_HOME, "prdp", f"{name}.txt")
-    if not file.exists():
-        if name in SAMPLES:
-            source, count = SAMPLES[name]
-            lines = random.Random(0).sample(read_set(source), count)
-        else:
-            lines = dict.fromkeys(filter(None, download(*SETS[name])))  # keeps the order
+    with contextlib.suppress(OSError):  # it is not there, or not ours to read
+        return file.read_text("utf-8").splitlines()
+    prompts = list(dict.fromkeys(filter(None, download(*SETS[name]))))  # keeps the order
+    with contextlib.suppress(OSError):  # what cannot be kept is used all the same
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in lines), "utf-8")
+        temporary.write_text("\n".join(prompts) + "\n", "utf-8")
         temporary.replace(file)
-    return file
+    return prompts
 
 
 def download(dataset: str, pattern: str) -> list[str]:
@@ -218,7 +280,7 @@ def main() -> None:
     match sys.argv[1:]:
         case [name, target] if name in NAMES:
             try:
-                Path(target).write_text("".join(line + "\n" for line in read_set(name)), "utf-8")
+                Path(target).write_text("\n".join(read_set(name)) + "\n", "utf-8")
             except Exception as error:
                 sys.exit(f"prompts/sets.py: error: {name} cannot be copied ({explain(error)})")
         case _:

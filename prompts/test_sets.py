@@ -1,6 +1,7 @@
 """Prompt files, tables and named sets, lists in flags, and the explanation of errors."""
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prompts.sets
-from prompts.sets import NAMES, explain, load_prompts, read_prompts, split_list
+from prompts.sets import explain, load_prompts, read_prompts, split_list
 
 
 def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_path):
@@ -28,37 +29,99 @@ def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_pa
     assert len(animals) == 45 and animals[1] == "A painting of a dog"
 
 
-def test_sets_of_one_name_are_one_and_each_is_told_of(tmp_path):
-    for folder, line in (("a", "cat"), ("b", "bat")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "two.txt").write_text(line)
+def test_two_files_of_one_name_are_two_sets_named_by_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/two.txt", "b/two.txt", "b/two.csv", "b/one.txt", "hpdv2.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"prompt\n{name}\n" if name.endswith("csv") else name)
     said = []
-    sets = load_prompts(f"{tmp_path}/a/two.txt, {tmp_path}/b/two.txt", said.append)
-    assert sets == {"two": ["cat", "bat"]} and len(said) == 2
+    sets = load_prompts("a/two.txt, b/two.txt, ./a/two.txt,b/two.csv,b/one.txt", said.append)
+    assert sets == {"a-two.txt": ["a/two.txt"], "b-two.txt": ["b/two.txt"],
+                    "b-two.csv": ["b/two.csv"], "one": ["b/one.txt"]}
+    assert [line.split(":")[0] for line in said] == ["a/two.txt", "b/two.txt", "b/two.csv",
+                                                     "b/one.txt"]
+    monkeypatch.setattr(prompts.sets, "read_set", lambda name: [name])
+    assert list(load_prompts("hpdv2,hpdv2.txt", print)) == ["hpdv2", "hpdv2.txt"]
 
 
+CAT = 'a "red" cat, old'  # and "dog" are the prompts of each of these
 TABLES = {
     "a.csv": 'id,Prompt,text\n1," a ""red"" cat,\nold ",x\n2,dog,\n3,,\n4,dog,\n',
-    "a.tsv": 'Caption\tid\na "red" cat, old\t1\ndog\t2\n',
+    "semicolon.csv": f"id;prompt\n1;{CAT}\n2;dog\n",
+    "space.csv": 'id, prompt\r\n1, "a ""red"" cat, old"\r\n2, dog\r\n',
+    "bar.csv": f"Captions|id\n{CAT}|1\ndog|2\n",
+    "tab.CSV": f"id\tprompt\n1\t{CAT}\n2\tdog\n",
+    "a.tsv": f"Caption\tid\n{CAT}\t1\ndog\t2\n",
+    "alone.tsv": f"text\n{CAT}\ndog\n",
     "a.json": '[{"text": "a \\"red\\" cat,\\nold", "id": 1}, {"text": "dog"}, {"text": null}]',
-    "b.json": '["a \\"red\\" cat, old", "dog"]',
-    "a.jsonl": '{"PROMPT": "a \\"red\\" cat, old"}\n{"PROMPT": "dog"}\n',
+    "texts.json": '["a \\"red\\" cat, old", "dog"]',
+    "object.json": '{"id": 1, "prompts": ["a \\"red\\" cat, old", "dog"]}',
+    "rows.json": '{"prompts": [{"prompt": "a \\"red\\" cat, old"}, {"prompt": "dog"}]}',
+    "lists.json": '[{"text": ["a \\"red\\" cat, old"]}, {"text": ["dog"]}, {"text": []}]',
+    "mixed.json": '["a \\"red\\" cat, old", null, {"prompt": "dog"}]',
+    "lines.json": '{\n"text": "a \\"red\\" cat, old"},\n{"text": "dog"},',
+    "a.jsonl": '{"PROMPT": "a \\"red\\" cat, old"}\n{"prompt": "dog"}\n',
+    "empty_lines.jsonl": '\n"a \\"red\\" cat, old"\r\n \r\n"dog"\n\n',
+    "a.ndjson": '{"text": "x"}\n{"prompt": "a \\"red\\" cat, old", "text": "y"}\n{"prompt": "dog"}',
 }
 NO_PROMPTS = {"missing.txt": (None, "there is no|No such file"),
               "empty.txt": ("\n \n", "there is no prompt in it; write one a line"),
               "nul.txt": ("a\0b", "NUL"),
               "a.csv": ("id,title\n1,cat\n",
-                        "none of its columns is prompt, caption, text, but id, title"),
+                        "no column is named prompt, caption, text, but id, title"),
               "b.csv": ("prompt\n", "there is no prompt in it"),
-              "a.jsonl": ('{"prompt": {"x": 1}}\n', "not text"),
-              "a.json": ('{"prompt": "a"}', "not a list"), "b.json": ("[1, 2", "JSONDecodeError"),
-              "a.parquet": ("no table", "cannot be read")}
+              "comma.csv": ("prompt\ndog\na red cat, old\n", "line 3 has more fields.*quotes"),
+              "quote.csv": ('prompt\n"cat\ndog\n', "unexpected end of data"),
+              "a.jsonl": ('{"prompt": {"x": 1}}\n', "no column is named .* but x"),
+              "number.jsonl": ('"a"\n1\n', "not text"), "a.json": ('{"0": "a"}', "no column"),
+              "b.json": ("[1, 2", "JSONDecodeError"),
+              "a.parquet": ("no table", "cannot be read"), "a.txt.gz": ("no zip", "gzip"),
+              "a.yaml": ("- a cat\n", "its name ends in .yaml; write one prompt a line in a .txt"),
+              "a.md": ("a cat\n", "its name ends in .md; .* a table in a .csv"),
+              "csv.txt": ("id,prompt\n1,a\n", "name it .csv"),
+              "tsv.txt": ("1\ta\n", "name it .csv"),
+              "head.txt": ("Prompt\na cat\n", "its first line looks like a table's"),
+              "quoted.csv": ("prompt\n['a']\n['b']\n", "looks like JSON")}
+LISTS = ("- a cat\n- a dog", "1. a cat\n2. a dog", "* a cat\n* a dog", "(1) a cat\n(2) a dog",
+         "Some prompts:\n\n\u2022 a cat\n\u2022 a dog", "Prompt 1: a cat\nPrompt 2: a dog",
+         '{"prompt": "a cat"}\n{"prompt": "a dog"}', '"a cat",\n"a dog"', "['a cat', 'a dog']",
+         '[\n  {\n    "id": 1,\n    "text": "a cat"\n  }\n]', "prompts:\n  - a cat\n  - a dog",
+         "- text: a cat\n  seed: 1", "<li>a cat</li>\n<li>a dog</li>")
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_tables_prompts_are_the_column_of_that_name(tmp_path, name):
     (tmp_path / name).write_text(TABLES[name])
-    assert read_prompts(str(tmp_path / name))[0] == ['a "red" cat, old', "dog"]
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for file in (tmp_path / name, packed):
+        assert read_prompts(str(file))[0] == [CAT, "dog"]
+
+
+def test_rows_without_the_column_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": 2, "prompt": "cat"}\n{"text": "x"}\n')
+    read, said = read_prompts(str(tmp_path / "a.jsonl"))
+    assert read == ["cat"] and "left out 2 blank" in said
+
+
+def test_a_parquet_tables_prompts_may_be_lists(tmp_path):
+    table = pyarrow.table({"image": [b"", b""], "Captions": [["cat", "dog"], ["bat"]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_prompts(str(tmp_path / "a.parquet"))[0] == ["cat", "dog", "bat"]
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_text_that_is_a_list_or_json_is_refused(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match="a.txt: .* looks like JSON or an item of a list; name"):
+        read_prompts(str(tmp_path / "a.txt"))
+
+
+def test_prompts_with_digits_brackets_and_quotes_are_read(tmp_path):
+    lines = ["2 cats on a sofa", "3D render", "(masterpiece), 1girl, text", "<cat-toy> on a beach",
+             "16:9 photo, caption", '"Hello" on a sign', "a well-lit - but small - room", "- a cat"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    assert read_prompts(str(tmp_path / "a.txt"))[0] == lines
 
 
 @pytest.mark.parametrize("name", NO_PROMPTS)
@@ -83,7 +146,8 @@ def test_a_prompt_file_of_any_bytes_is_read_or_refused_in_a_sentence(tmp_path_fa
         assert str(error).startswith("--prompts ") and "\n" not in str(error)
         return
     text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    assert read == list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    assert read == list(dict.fromkeys(filter(None, lines)))
 
 
 def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypatch):
@@ -103,8 +167,6 @@ def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypat
     monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prompts.sets, "snapshot_download",
                         lambda dataset, **options: asked.append((dataset, options)) or str(hub))
-    monkeypatch.setitem(prompts.sets.MADE, "made", lambda: ["c", "d", "c"])
-    monkeypatch.setattr(prompts.sets, "NAMES", [*NAMES, "made"])
 
     hpdv2 = read_prompts("hpdv2")[0]
     assert hpdv2 == ["two lines", *(f"p{i}" for i in range(600))]
@@ -114,14 +176,33 @@ def test_named_sets_are_read_from_the_files_that_the_hub_has(tmp_path, monkeypat
     options = dict(repo_type="dataset", allow_patterns="train.json")
     assert len(asked) == 4 and asked[0] == ("ymhao/HPDv2", options)
     assert read_prompts("hpdv2-500")[0] == random.Random(0).sample(hpdv2, 500)
-    assert read_prompts("made")[0] == ["c", "d"]
-    assert len(asked) == 4  # kept
+    assert read_prompts("hpdv2")[0] == hpdv2 and len(asked) == 4  # kept
 
     monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-painting", str(tmp_path / "copy.txt")])
     prompts.sets.main()
     assert read_prompts(str(tmp_path / "copy.txt"))[0] == ["ä", "b"]
     with pytest.raises(ValueError, match="hpdv2-animation .*no benchmark/anime.json"):
         read_prompts("hpdv2-animation")
+
+
+def test_a_set_that_cannot_be_kept_is_read_and_copied_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark/photo.json").write_text('["a", "b"]')
+    monkeypatch.setattr(prompts.sets, "snapshot_download", lambda *args, **options: str(tmp_path))
+
+    def refuse(path, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for broken in ("mkdir", "read_text", "write_text", "replace"):
+        monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / broken))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, broken, refuse)
+            assert read_prompts("hpdv2-photo")[0] == ["a", "b"]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(prompts.sets, "HF_HOME", str(tmp_path / "file"))  # so no folder is made
+    monkeypatch.setattr(sys, "argv", ["sets.py", "hpdv2-photo", str(tmp_path / "copy.txt")])
+    prompts.sets.main()
+    assert (tmp_path / "copy.txt").read_text() == "a\nb\n"
 
 
 def test_commas_separate_a_flags_items_and_quotes_keep_them():
