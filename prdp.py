@@ -34,9 +34,8 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
             backward through the UNet from that gradient        update_policy: backward_log_probs
             a step of AdamW                                     update_policy
 
-With T Gaussian steps of fixed variance the optimum is in general approached, not reached: in a
-one-dimensional diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for
-T = 5, 20, 50.
+In general T Gaussian steps of fixed variance only approach the optimum: in a one-dimensional
+diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for T = 5, 20, 50.
 
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
@@ -47,16 +46,14 @@ Deviations from the paper
  4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing). An update
     without any gradient is skipped.
  5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
- 6. On a GPU the UNet computes in bfloat16 at K = 1 and in TF32 at K > 1. The VAE and the text
-    encoder compute in TF32.
+ 6. On a GPU the UNet computes in bf16 at K = 1, in TF32 at K > 1. Other networks are in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
 At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
 of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
 REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. Like GRPO, PRDP compares
-the images of one prompt. What it adds: its target is the optimum of reward minus KL, and for K > 1
-its updates are proximal. An open question: at theta = old clipping cannot bind, yet by Table 5
-large-scale PRDP diverges without it.
+the images of one prompt. It adds the optimum of reward minus KL as target and, for K > 1, proximal
+updates. An open question: clipping cannot bind at K = 1, where by Table 5 PRDP diverges without it.
 """
 
 import contextlib
@@ -78,7 +75,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
@@ -93,7 +89,6 @@ from prompts.sets import UserError, explain, load_prompts, report_cut
 from rewards import Reward, check_words, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
-
 
 @dataclass
 class Config:
@@ -143,7 +138,6 @@ class Config:
 # ------------------------------------------------------------------------ §2 Denoising as a policy
 # P images, or P entries (image, step); T steps. A trajectory is `latents` (P, T+1, C, H, W): index
 # 0 is pure noise x_T, index T is x_0; `timesteps[i]` is the scheduler's t, 0..999, of i -> i + 1.
-
 
 def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor,
                   prompt_embeds: Tensor, negative_embeds: Tensor, guidance_scale: float) -> Tensor:
@@ -202,7 +196,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Policy:
     """pi(x_{t-1} | x_t, c): a UNet, its noise schedule, and guidance, which is part of it."""
     unet: UNet2DConditionModel
-    scheduler: DDIMScheduler  # after set_timesteps(T)
+    scheduler: DDIMScheduler  # after set_timesteps(T); its tensors are on the device
     negative_embeds: Tensor  # (1, L, F)
     guidance_scale: float
     is_bf16: bool = False
@@ -230,12 +224,11 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     prompt_embeds: (P, L, F); noise: (P, T+1, C, H, W), whose index 0 is x_T itself. Returns latents
     (P, T+1, C, H, W) float32 and their log-probs (P, T) float64, nats per latent element.
     """
-    timesteps = policy.scheduler.timesteps.to(prompt_embeds.device)  # (T,)
     latents = noise.to(prompt_embeds.device, copy=True)
-    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "sampling"):
         x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
-        for i, t in enumerate(timesteps):
+        for i, t in enumerate(policy.scheduler.timesteps):
             mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
             x[:, i + 1] = mean + std * x[:, i + 1]
             log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
@@ -250,11 +243,10 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
     element; bit for bit those of sampling, if this policy has sampled the trajectories.
     """
-    timesteps = policy.scheduler.timesteps.to(latents.device)  # (T,)
-    log_probs = latents.new_empty(len(latents), len(timesteps), dtype=torch.float64)
+    log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
         x, embeds = latents[images], prompt_embeds[images]
-        for i, t in enumerate(timesteps):
+        for i, t in enumerate(policy.scheduler.timesteps):
             mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
             log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return log_probs
@@ -268,7 +260,6 @@ def micro_batches(count: int, size: int, description: str) -> Iterable[slice]:
 
 # -------------------------------------------------------------------------------- §3 The objective
 # N prompts, B images of each, T steps. All of it is float64, small, and free of the UNet.
-
 
 def pair_differences(values: Tensor) -> Tensor:
     """values (..., B) -> (..., B, B) with entry [a, b] = values[a] - values[b]."""
@@ -322,8 +313,7 @@ def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list
     once tracker_size / 2 of these are there; until then by those of the whole epoch.
 
     rewards: (N, B) of all processes; prompts: N; history: prompt -> its newest rewards, at most
-    tracker_size, to which this function first adds the epoch's; tracker_size: 0 for statistics of
-    the epoch alone. Returns (N, B) float64 in [-10, 10].
+    tracker_size, to which this first adds the epoch's. Returns (N, B) float64 in [-10, 10].
     """
     rewards = rewards.double()
     advantages = normalise(rewards, rewards.flatten())
@@ -366,7 +356,6 @@ def objective_loss(config: Config, log_probs: Tensor, trajectories: "Trajectorie
 
 
 # ------------------------------------------------------------------------------ §4 The online loop
-
 
 @dataclass
 class Trajectories:
@@ -427,9 +416,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         if not of_prompt.isfinite().all():
             raise UserError(f"epoch {epoch + 1}: --reward {config.reward} is {of_prompt.tolist()} "
                             f"for {prompt!r}; nothing of this epoch is saved")
-    advantages = None
-    if rule := POLICY_GRADIENTS.get(config.objective):
-        advantages = rule(rewards, epoch_prompts, history, config.tracker_size)[mine]
+    rule = POLICY_GRADIENTS.get(config.objective)
+    advantages = rule(rewards, epoch_prompts, history, config.tracker_size)[mine] if rule else None
     return Trajectories(embeds, latents, log_probs_old.unflatten(0, (-1, B)),
                         log_probs_ref.unflatten(0, (-1, B)), rewards[mine], advantages, terms,
                         seconds)
@@ -489,7 +477,7 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
     grad: (P, T), d loss / d log_prob. Entries that are exactly 0, as clipping makes them, are left
     out; the others are independent, so they fill micro-batches that mix images and steps.
     """
-    latents, timesteps = trajectories.latents, policy.scheduler.timesteps.to(grad.device)
+    latents, timesteps = trajectories.latents, policy.scheduler.timesteps
     entries = grad.nonzero()  # (M, 2)
     for batch in micro_batches(len(entries), micro_batch_size, "updating"):
         image, step = entries[batch].unbind(1)  # (P,) each
@@ -533,7 +521,6 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------- §5 Models
 # §5 to §10 are what the algorithm stands on. Skip them on a first reading.
-
 
 @dataclass
 class Models:
@@ -589,6 +576,7 @@ def load_models(config: Config, device: torch.device) -> Models:
     precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
     tf32 = precision != "float32"  # of the VAE and text encoder too; rewards switch it off
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    pipeline.scheduler.set_timesteps(config.num_steps, device)
     pipeline.scheduler.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
     H, W = torch.tensor(unet.config.sample_size).expand(2).tolist()  # of one number or two
     models = Models(pipeline, (unet.config.in_channels, H, W), reward)
@@ -631,7 +619,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
                         "README") from None
     if config.num_steps >= len(scheduler.betas):
         raise UserError(f"--num_steps {config.num_steps}: must be less than {len(scheduler.betas)}")
-    scheduler.set_timesteps(config.num_steps)
     return StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -639,7 +626,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
 
 # ---------------------------------------------------------------------------------- §6 Distributed
 # Everything that uses torch.distributed, except the last lines of main.
-
 
 def start_distributed() -> torch.device:
     """Join the processes of a launcher that sets env://'s variables, as torchrun does; without one
@@ -749,8 +735,7 @@ class Run:
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another --run_dir") from None
         for name in (made_with.keys() & state["config"].keys()) - MAY_CHANGE:
-            then, now = state["config"][name], made_with[name]
-            # Another device rounds a score otherwise.
+            then, now = state["config"][name], made_with[name]  # a score may be of another device
             if then != now and not ("score" in name and math.isclose(then, now, rel_tol=1e-3)):
                 raise UserError(f"--run_dir {self.folder} was made with --{name} {then} and not "
                                 f"{now}; give the same, or another --run_dir")
@@ -780,13 +765,12 @@ class Run:
 
 # ------------------------------------------------------------------------------------- §8 Training
 
-
 def train(config: Config, device: torch.device) -> None:
     """Algorithm 1's epochs, and what they leave on disk."""
     parts = world_size() * (config.updates_per_epoch if config.objective in POLICY_GRADIENTS else 1)
     if config.prompts_per_epoch % parts:
         raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch}: must be a multiple of "
-                        f"{parts}: {world_size()} processes, each update of a baseline a part")
+                        f"{parts}, the {world_size()} processes times a baseline's updates")
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
@@ -846,7 +830,6 @@ def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, st
 
 
 # ------------------------------------------------------------------------------------ §9 Evaluation
-
 
 def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompts: list[str],
                           indices: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -941,15 +924,15 @@ MULTI = dict(
     updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
 DEMO = dict(  # its judge is only logged
     model="demo/model", reward="clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0",
-    num_epochs=8, updates_per_epoch=4, prompts_per_epoch=44, images_per_prompt=6, num_steps=10,
-    kl_weight=0.3, clip_range=1e-4, guidance_scale=3.0, learning_rate=1e-4, micro_batch_size=64,
+    num_epochs=9, updates_per_epoch=4, prompts_per_epoch=44, images_per_prompt=6, num_steps=10,
+    kl_weight=0.3, clip_range=1e-4, guidance_scale=3.0, learning_rate=7e-5, micro_batch_size=64,
     save_every=1)
 PRESETS = {
     "small": {},
     "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": DEMO,
-    "demo-large": DEMO | dict(prompts="emoji", num_epochs=80),
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=24),
 }
 # A baseline's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.
@@ -991,8 +974,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         if value == "" or type(value) in (int, float) and not value >= 0:
             fail(f"--{name} {value}: must not be negative or empty")
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
-    names = ["base"] if config.evaluate else names
-    config.run_dir = config.run_dir or f"runs/{config.preset}-{'+'.join(names)}"
+    name = "base" if config.evaluate else "+".join(names)
+    config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
     if config.offline and config.objective in POLICY_GRADIENTS:
         fail(f"--offline: {config.objective} is a policy gradient and needs its policy's samples")
     return config
@@ -1003,16 +986,15 @@ def main() -> None:
     device = start_distributed()
     for library in ("transformers.tokenization_utils_base", "diffusers.pipelines"):
         logging.getLogger(library).setLevel(logging.ERROR)  # `report_cut` tells of long prompts
-    transformers.utils.logging.disable_progress_bar()  # of loading; the hub's of downloads remain
-    if rank() == 0:
-        huggingface_hub.utils.enable_progress_bars()
+    if rank() > 0:
+        transformers.utils.logging.disable_progress_bar()  # the hub's of downloads too
     try:
         config = parse_config()
         train(config, device) if config.evaluate is None else evaluate(config, device)
     except Exception as error:
         time.sleep(5 * (rank() > 0))  # what all meet is told by rank 0, and torchrun ends the rest
         if isinstance(error, torch.OutOfMemoryError):
-            error = f"{device} is out of memory: lower --micro_batch_size, add --gradient_checkpointing"
+            error = f"{device} is full: lower --micro_batch_size, add --gradient_checkpointing"
         elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
             error = explain(error)  # the disk, if that is behind it
