@@ -5,7 +5,6 @@ Reward Finetuning of Diffusion Models", CVPR 2024, arXiv 2402.08714, whose equat
 
     torchrun --nproc_per_node=2 prdp.py --preset demo          # minutes on a laptop, no download
     torchrun --nproc_per_node=8 prdp.py --reward hpsv2         # the paper's small-scale run
-    torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 prdp.py
     python prdp.py --evaluate runs/demo-clip                   # base against finetuned
 
 A diffusion model is a policy pi_theta: for a prompt c it samples a trajectory x_{0:T} of denoising
@@ -31,8 +30,7 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
             the loss and its gradient at every log-prob         update_policy: prdp_loss
-            backward through the UNet from that gradient        update_policy: backward_log_probs
-            a step of AdamW                                     update_policy
+            backward through the UNet from there; AdamW         update_policy: backward_log_probs
 
 In general T Gaussian steps of fixed variance only approach the optimum: in a one-dimensional
 diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for T = 5, 20, 50.
@@ -51,9 +49,8 @@ Deviations from the paper
 
 At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
 of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
-REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. Like GRPO, PRDP compares
-the images of one prompt. It adds the optimum of reward minus KL as target and, for K > 1, proximal
-updates. An open question: clipping cannot bind at K = 1, where by Table 5 PRDP diverges without it.
+REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. What PRDP adds: its
+target is the optimum of reward minus KL, and for K > 1 its updates are proximal.
 """
 
 import contextlib
@@ -130,7 +127,6 @@ class Config:
         "all but rewards; bf16: of the UNet, others in TF32. Default: bf16 at K = 1, else tf32")
     micro_batch_size: int = HfArg(default=4, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
-    # Evaluation
     evaluate: str | None = HfArg(default=None, help="compare this run with its base; or: base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt in an evaluation")
 
@@ -144,9 +140,8 @@ def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor
     """Classifier-free guidance: eps(x, "") + guidance_scale * (eps(x, c) - eps(x, "")).
 
     latents: (P, C, H, W) float32; timesteps: (P,), 0..999, may mix steps; prompt_embeds: (P, L, F);
-    negative_embeds: (1, L, F), of the empty prompt; guidance_scale <= 1 means no guidance, as in
-    diffusers, and then they are not used. Returns what the checkpoint was trained to predict, noise
-    or velocity, (P, C, H, W) float32.
+    negative_embeds: (1, L, F), of the empty prompt, not used at guidance_scale <= 1, which means no
+    guidance, as in diffusers. Returns noise or velocity, as trained, (P, C, H, W) float32.
     """
     if guidance_scale <= 1:
         return unet(latents, timesteps, prompt_embeds).sample.to(latents.dtype)
@@ -241,7 +236,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
 
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
-    element; bit for bit those of sampling, if this policy has sampled the trajectories.
+    element; bit for bit those of sampling, if this policy sampled the trajectories.
     """
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
@@ -590,7 +585,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
     """Stable Diffusion v1 or v2 in float32, without the safety checker, which blackens images. Its
     networks are loaded one by one: a pipeline's own loader fills missing weights with random
     numbers. Raises UserError for what cannot be loaded or trained, naming what is wrong."""
-    model, others = config.model, ("time_cond_proj_dim", "class_embed_type", "addition_embed_type")
+    model = config.model
     try:
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
@@ -604,9 +599,8 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
         scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1)
         inputs = UNet2DConditionModel.load_config(model, subfolder="unet")
         if (not inputs.get("sample_size") or inputs["in_channels"] != inputs["out_channels"]
-                or any(inputs.get(name) is not None for name in others)):
-            raise ValueError("Stable Diffusion v1 and v2 have a UNet with a sample_size, as many "
-                             "channels in as out, and no inputs but text and time")
+                or inputs.get("time_cond_proj_dim") or inputs.get("class_embed_type")):
+            raise ValueError("its UNet must have a sample_size and take only latents, time, text")
         unet = load_network(UNet2DConditionModel, model, subfolder="unet")
         vae = load_network(AutoencoderKL, model, subfolder="vae")
         text_encoder = load_network(CLIPTextModel, model, subfolder="text_encoder")
@@ -855,7 +849,7 @@ def save_grid(config: Config, models: Models, policies: list[Policy], prompts: l
                                               min(3, most // columns))
         images = models.decode(latents[:, -1]).unflatten(0, (columns, -1))
         rows.append(images.transpose(0, 1).flatten(0, 1))  # a row has an image of each prompt
-    (run.folder / name).parent.mkdir(exist_ok=True)
+    (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat(rows), run.folder / name, nrow=columns)
 
 
@@ -890,7 +884,6 @@ def evaluate(config: Config, device: torch.device) -> None:
         policies["finetuned"] = models.policy
         if not Run(config.evaluate).load(models.policy.unet, {})["metrics"]:
             raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
-    run.folder.mkdir(parents=True, exist_ok=True)
     names = [*models.reward.weights, "weighted sum", "kl", "weighted sum - kl_weight * kl"]
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
