@@ -487,7 +487,7 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
                "pairless_prompts": (rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
-               "between_prompt_variance": None, "explained_variance": None, "kl": None}
+               "between_prompt_variance": None}
     if min(rewards.shape) > 1:
         within = rewards.var(-1).mean()
         between = rewards.mean(-1).var() - within / B
@@ -496,12 +496,10 @@ def summarise(config: Config, trajectories: Trajectories, updates: dict[str, flo
     loss, loss_of_ref = (prdp_loss(log_probs, log_probs, ref, rewards, math.inf, config.kl_weight)
                          for log_probs in (old, ref))
     metrics["explained_variance"] = 1 - (loss / loss_of_ref).item()
-    if not config.offline:  # whose samples are not the policy's
-        metrics["kl"] = (old - ref).mean().item()
+    metrics["kl"] = None if config.offline else (old - ref).mean().item()
     for name, term in trajectories.reward_terms.items():
         metrics[f"reward/{name}"] = gather(term.view(-1, B)).mean().item()
-    peak = torch.cuda.max_memory_allocated() / 2**30  # 0 where no GPU is used
-    return metrics | {"peak_gib": peak} | trajectories.seconds
+    return metrics | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} | trajectories.seconds
 
 
 @contextlib.contextmanager
@@ -921,8 +919,7 @@ DEMO = dict(  # its judge is only logged
     kl_weight=0.3, clip_range=1e-4, guidance_scale=3.0, learning_rate=7e-5, micro_batch_size=64,
     save_every=1)
 PRESETS = {
-    "small": {},
-    "multi": MULTI,
+    "small": {}, "multi": MULTI,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo": DEMO,
     "demo-large": DEMO | dict(prompts="emoji", num_epochs=24),
@@ -991,7 +988,10 @@ def main() -> None:
         elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
             error = explain(error)  # the disk, if that is behind it
-        sys.exit(f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}")
+        message = f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}"
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun says at its end
+            Path(file).write_text(json.dumps({"message": message}))
+        sys.exit(message)
     if dist.is_initialized():
         dist.destroy_process_group()
 
