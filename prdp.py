@@ -95,7 +95,6 @@ class Config:
     over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
     Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
-
     # What to train, on what, towards what
     preset: Literal["small", "large", "multi", "demo", "demo-large"] = HfArg(
         default="small", help="where defaults come from: a column of Table 4, or the small world")
@@ -810,12 +809,12 @@ def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, st
     for network in (models.reference.unet, models.pipeline.vae, models.pipeline.text_encoder):
         for weight in network.state_dict().values():
             base.update(weight.cpu().contiguous().numpy())
-    found = {"prompts' content": texts.hexdigest(), "model's content": base.hexdigest()}
+    found = {"prompts (hash)": texts.hexdigest()[:8], "model (hash)": base.hexdigest()[:8]}
     noise = make_noise("", 0, (3, 64, 64)).to(models.pipeline.vae.device).clamp(0, 1)
     scores, again = (models.reward.terms(noise, prompts[:1]) for _ in range(2))
     for name, score in scores.items():
         if score.allclose(again[name], equal_nan=True):
-            found[f"reward {name}'s score of noise"] = score.nan_to_num(-math.inf).item()
+            found[f"reward {name} (score of noise)"] = score.nan_to_num(-math.inf).item()
         else:
             say(f"--reward {name} scores one image differently each time: no run can be repeated")
     return found
@@ -845,10 +844,11 @@ def save_grid(config: Config, models: Models, policies: list[Policy], prompts: l
     for policy in policies:
         _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices,
                                               min(3, most // columns))
-        images = models.decode(latents[:, -1]).unflatten(0, (columns, -1))
+        images = torch.nn.functional.interpolate(models.decode(latents[:, -1]), 160, mode="bicubic",
+                                                 antialias=True).unflatten(0, (columns, -1))
         rows.append(images.transpose(0, 1).flatten(0, 1))  # a row has an image of each prompt
     (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat(rows), run.folder / name, nrow=columns)
+    save_image(torch.cat(rows).clamp(0, 1), run.folder / name, nrow=columns)
 
 
 def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:
