@@ -1388,14 +1388,25 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
     prdp.Run(str(tmp_path)).write_json("config.json", vars(Config()))
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^    .*prdp\.py.*$", readme, re.MULTILINE)
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command.split("&&")[-1], comments=True)
-        words = [str(tmp_path) if word.startswith("runs/") else word for word in words]
-        config = prdp.parse_config(words[words.index("prdp.py") + 1 :])
-        assert not config.prompts.endswith(".txt") or (ROOT / config.prompts).exists(), command
-    for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", readme):
-        path = "".join(link)
-        assert path.startswith("http") or (ROOT / path).exists(), path
+    pages = {page: page.read_text() for page in
+             [ROOT / "README.md", *(ROOT / "benchmarks").rglob("*.md")]}
+    anchors = {page: {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                      for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+               for page, text in pages.items()}
+    for page, text in pages.items():
+        commands = re.findall(r"^    .*prdp\.py.*$", text, re.MULTILINE)
+        assert len(commands) >= 3 or page.parent != ROOT
+        for command in commands:
+            words = shlex.split(command, comments=True)
+            words = [str(tmp_path) if word.startswith("runs/") else word for word in words]
+            config = prdp.parse_config(words[words.index("prdp.py") + 1 :])
+            assert not config.prompts.endswith(".txt") or (ROOT / config.prompts).exists(), command
+        for flag in re.findall(r"^    --(\w+)|`--(\w+)", text, re.MULTILINE):
+            assert "".join(flag) in vars(Config()) | {"help": None}, flag
+        for script in re.findall(r"python (\w+/\w+\.py)", text):
+            assert (ROOT / script).exists(), script
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            target = (page.parent / path if path else page).resolve()
+            assert target.exists(), path
+            target = target / "README.md" if target.is_dir() and anchor else target
+            assert not anchor or anchor in anchors[target], anchor
