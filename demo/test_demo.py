@@ -1,5 +1,6 @@
 """The small world's sentences and its judge."""
 
+import math
 import os
 import random
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # for all tests: it is read when the first of them is imported
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 import demo.judge
+from demo import one_gaussian
 from demo.grammar import ANIMALS, parse, prompts, scenes
 from prompts.sets import read_prompts
 from rewards import load_reward
@@ -62,3 +65,16 @@ def test_the_judges_weights_are_read_and_if_they_are_not_there_it_is_told(tmp_pa
     monkeypatch.setattr(demo.judge, "WEIGHTS", tmp_path / "judge.safetensors")
     with pytest.raises(ValueError, match="judge's weights .*judge.safetensors are missing"):
         demo.judge.load_judge(torch.device("cpu"))
+
+
+def test_on_one_gaussian_prdp_lands_on_the_optimum_and_ddpo_passes_it():
+    torch.manual_seed(0)
+    policies = {objective: one_gaussian.train(objective) for objective in ("prdp", "ddpo")}
+    # N(0, 1) times exp(-(x - 2)^2 / 2): precisions add, and the means are weighted by them.
+    assert policies["prdp"][-1].mean.item() == pytest.approx(1, abs=1e-3)
+    assert policies["prdp"][-1].variance.item() == pytest.approx(1 / 2, abs=1e-3)
+    prdp, ddpo = (torch.stack([kl_divergence(policy, policies[objective][0]) for policy in
+                               policies[objective]]) for objective in ("prdp", "ddpo"))
+    optimum = (math.log(2) + 1 / 2) / 2  # the KL of N(1, 1/2) to N(0, 1)
+    assert (prdp[200:] - optimum).abs().max() < 1e-3
+    assert optimum < ddpo[100] < ddpo[200] < ddpo[300]
