@@ -59,7 +59,7 @@ def train(objective: str) -> list[Normal]:
             if objective == "prdp":
                 loss = prdp.prdp_loss(now, old, ref, rewards, CLIP_RANGE, BETA)
             else:
-                loss = prdp.ddpo_loss(now, old, advantages, CLIP_RANGE)
+                loss = prdp.ppo_loss(now, old, advantages, CLIP_RANGE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
