@@ -12,19 +12,22 @@ A spec is one scorer or a weighted sum of several:
     jpeg_compressibility    minus the size of the quality-95 JPEG, kB; needs no weights
     jpeg_incompressibility  plus that size
     FILE.py:FUNCTION        your own: function(images, prompts) -> (P,) tensor
+    FILE.py:FUNCTION.SCORE  one score of your function's dict: SCORE -> (P,) tensor
 
-Preference scores and clip are cosine similarities, without CLIP's logit scale of 100. Weights come
-from the Hugging Face hub, or without a network from what follows a colon: hpsv2:FILE_OR_FOLDER,
-HPS_v2_compressed.pt or for hpsv2.1 HPS_v2.1_compressed.pt; pickscore:FOLDER, a copy of
-yuvalkirstain/PickScore_v1; aesthetic:FOLDER, one of openai/clip-vit-large-patch14 with the
-predictor's .pth.
+A weight follows the last `=` of an item. At weight 0 a score is logged, even NaN, but not summed.
+Scores of one dict, as in mine.py:f.sharp=2,mine.py:f.red=0, share one call of f. Where two scores
+have the same name, each is logged by its whole item. A further model is a factory in FACTORIES.
 
-A weight follows the last `=` of an item. A reward of weight 0 is watched: it is computed and
-logged, but the sum leaves it out. A watched NaN is logged, and training goes on.
+Weights come from the Hugging Face hub: xswu/HPSv2 (Apache-2.0; 6.2 GB with Stable Diffusion v1.4),
+yuvalkirstain/PickScore_v1 (MIT), and for aesthetic openai/clip-vit-large-patch14 (MIT) and
+trl-lib/ddpo-aesthetic-predictor (Apache-2.0). Licences are as far as we know. Without a network
+give copies: hpsv2:FILE_OR_FOLDER, HPS_v2_compressed.pt or for hpsv2.1 HPS_v2.1_compressed.pt;
+pickscore:FOLDER; aesthetic:FOLDER, the files of that CLIP and the predictor's .pth.
 
-Scorers see what a saved picture would hold: images are rounded to 8 bits at the door. They compute
-in float32 whatever the caller has set, autocast or TF32. A run with one reward neither imports nor
-downloads what others need. A further model is a factory in FACTORIES, below.
+Preference scores and clip are cosines, without CLIP's factor of 100. HPSv2's images are resized
+with antialiasing, as its own code does since torchvision 0.17; it moves scores by up to 9e-4 on
+random weights. A call gets at most --micro_batch_size images, rounded to 8 bits as in a saved
+picture. Scorers compute in float32, whatever the caller has set. Only what a spec names is loaded.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -52,6 +55,10 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
+class RewardError(RuntimeError):
+    """A scorer failed. The message names it and says why."""
+
+
 class Reward:
     """A weighted sum of scorers, as Table 4's multi-reward is; a single reward is a sum of one."""
 
@@ -63,24 +70,25 @@ class Reward:
         """Every scorer's raw, unweighted scores.
 
         images: (P, 3, H, W) float in [0, 1]; prompts: P strings. Returns name -> (P,) float32, in
-        the scorer's own unit, NaN for an image that is not finite. Raises RuntimeError if a scorer
-        fails, UserError if it returns other than P numbers; both name it. No scorer can change
-        what another one sees.
+        the scorer's own unit, NaN for an image that is not finite. Raises RewardError if a scorer
+        fails, UserError if it returns other than P numbers; both name it. No function of a user
+        can change what another scorer sees.
         """
         is_finite = images.isfinite().flatten(1).all(1)  # (P,); in 8 bits NaN would be black
         images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
         scores = {}
         for name, scorer in self.scorers.items():
             with contained(f"reward {name!r}", images.device):
-                score = scorer(images.clone(), list(prompts))
+                score = scorer(images, prompts)
             found = f"a {type(score).__name__}"
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 score = torch.as_tensor(score).detach()
                 found = f"shape {tuple(score.shape)}"
             if found != f"shape ({len(prompts)},)":
                 raise UserError(f"reward {name!r} returned {found}; it must return one number an "
-                                f"image, shape ({len(prompts)},)")
+                                f"image, shape ({len(prompts)},), or for FUNCTION.SCORE a dict")
             scores[name] = score.to(images.device, torch.float32).where(is_finite, math.nan)
+        call_function.cache_clear()
         return scores
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -93,12 +101,11 @@ class Reward:
 
 
 def load_reward(spec: str, device: torch.device | str) -> Reward:
-    """Build the reward of a spec (see the module's docstring), its networks on `device`.
-
-    Raises UserError for a spec that is not clear and for weights that cannot be loaded,
-    RuntimeError for a reward file that fails. Both name the scorer.
-    """
-    load_module.cache_clear()  # a notebook's user edits the file and loads it again
+    """Build the reward of a spec (see the module's docstring), its networks on `device`. Raises
+    UserError for a spec that is not clear and for weights that cannot be loaded, RewardError for
+    a reward file that fails. Both name the scorer."""
+    for name in [name for name in sys.modules if name.startswith(f"{MODULE}/")]:
+        del sys.modules[name]  # a reward file is read as it is now, in a notebook too
     scorers, weights = {}, {}
     for name, (scorer, factory, weight) in parse_reward(spec).items():
         try:
@@ -115,21 +122,25 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
 def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
     """The terms of a spec, by the name under which each is logged: what stands in the spec, its
     factory and its weight. It loads nothing. Raises UserError for a spec that is not clear."""
-    parsed, items = {}, split_list(spec, "--reward")
+    terms, parsed, items = [], {}, split_list(spec, "--reward")
     try:
         for item in items:
             scorer, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
             file, _, function = scorer.rpartition(":")
-            name = function if file.endswith(".py") else scorer.partition(":")[0]
-            factory = load_function if file.endswith(".py") else FACTORIES.get(name)
-            if factory is None:
+            if file.endswith(".py"):
+                name, factory = function.partition(".")[2] or function, load_function
+            elif not (factory := FACTORIES.get(name := scorer.partition(":")[0])):
                 raise ValueError(f"unknown reward {scorer!r}; there are {', '.join(FACTORIES)} and "
                                  "FILE.py:FUNCTION")
             if scorer == "clip" or scorer.endswith(":"):
                 raise ValueError(f"{scorer!r} lacks what a colon gives: a folder, file or function")
+            terms.append((name, (scorer, factory, float(weight))))
+        names = [name for name, _ in terms]
+        for name, term in terms:  # without slashes, as a run's folder is named after them
+            name = (term[0] if names.count(name) > 1 else name).replace("/", "-")
             if name in parsed:
                 raise ValueError(f"{name!r} is given twice")
-            parsed[name] = scorer, factory, float(weight)
+            parsed[name] = term
         if not 0 < sum(abs(weight) for _, _, weight in parsed.values()) < math.inf:
             raise ValueError("weights must be finite, and at least one of them not 0")
     except ValueError as error:
@@ -139,7 +150,7 @@ def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
 
 @contextlib.contextmanager
 def contained(name: str, device: torch.device | str) -> Iterator[None]:
-    """Run code that may not be ours: what it raises names it, what it sets for all is set back."""
+    """Run a scorer. Its errors name it; torch's settings and the working directory are restored."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     dtype, *allow_tf32 = torch.get_default_dtype(), matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -150,13 +161,11 @@ def contained(name: str, device: torch.device | str) -> Iterator[None]:
     except (KeyboardInterrupt, torch.OutOfMemoryError):
         raise  # no fault of the code
     except BaseException as error:  # SystemExit too, which would end the run as if all were well
-        raise RuntimeError(f"{name} failed: {explain(error)}") from error
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RewardError(f"{name} failed: {cause}") from error
     finally:
         torch.set_default_dtype(dtype)
         matmul.allow_tf32, cudnn.allow_tf32 = allow_tf32
-
-
-# Factories: the scorer's part of the spec and a device -> scorer of (P, 3, H, W) uint8 images.
 
 
 def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
@@ -174,8 +183,7 @@ def load_hpsv2(spec: str, device: torch.device | str) -> Scorer:
     tokenizer = open_clip.get_tokenizer("ViT-H-14")
 
     def image_features(images: Tensor) -> Tensor:
-        # As in the official code, the longer side becomes 224 and black pads the shorter one. That
-        # code leaves antialias to torchvision, where it was False before 0.17: True is today's.
+        # As in the official code, the longer side becomes 224 and black pads the shorter one.
         size = network.visual.image_size  # 224, 224
         sides = [round(side * size[0] / max(images.shape[-2:])) for side in images.shape[-2:]]
         images = vision.resize(images / 255, sides, InterpolationMode.BICUBIC, antialias=True)
@@ -257,43 +265,42 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size in kB (1000 bytes) of each image's quality-95 JPEG, the reward of the DDPO paper."""
     from torchvision.transforms.functional import to_pil_image
 
-    sizes = []
-    for image in images.cpu():
-        file = io.BytesIO()
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images.cpu(), files, strict=True):
         to_pil_image(image).save(file, format="JPEG", quality=95)
-        sizes.append(file.tell() / 1000)
-    return torch.tensor(sizes)
+    return torch.tensor([file.tell() / 1000 for file in files])
 
 
 def load_function(spec: str, device: torch.device | str) -> Scorer:
-    """FUNCTION of FILE.py, which gets float images in [0, 1]."""
+    """FUNCTION of FILE.py, which gets float images in [0, 1], or SCORE of the dict it returns."""
     file, _, name = spec.rpartition(":")
+    name, _, key = name.partition(".")
     if not Path(file).is_file():
         raise UserError(f"--reward {spec}: there is no file {file}")
-    with contained(f"--reward {spec}: {file}", device):
-        module = load_module(Path(file).resolve())
-    function = getattr(module, name, None)
-    if not callable(function):
+    with contained(f"--reward {spec}: {file}", device):  # import splits a name at its dots
+        module = importlib.import_module(MODULE + str(Path(file).resolve()).replace(".", "%2E"))
+    if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {spec}: there is no function {name!r} in {file}")
-    return lambda images, prompts: function(images / 255, prompts)
+    select = (lambda scores: scores[key]) if key else (lambda scores: scores)
+    return lambda images, prompts: select(call_function(module, name, images, tuple(prompts)))
 
 
-@functools.cache
-def load_module(file: Path) -> ModuleType:
-    """Import a file, once for all functions of it."""
-    # A name that hides no installed module. Without dots, at which pickle would split it.
-    spec = importlib.util.spec_from_file_location(str(file).replace(".", "_"), file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
-    spec.loader.exec_module(module)
-    return module
+# A reward file is the module rewards./PATH, a name that hides no other module. This is how import
+# finds it, in a reward's worker processes too: to import it they import rewards first.
+MODULE, __path__ = f"{__name__}.", []
+sys.meta_path.append(SimpleNamespace(find_spec=lambda name, *_: (
+    importlib.util.spec_from_file_location(name, name.removeprefix(MODULE).replace("%2E", "."))
+    if name.startswith(f"{MODULE}/") else None)))
 
 
-FACTORIES = {
-    "hpsv2": load_hpsv2,
-    "hpsv2.1": load_hpsv2,
-    "pickscore": load_clip,
+@functools.cache  # until the batch is scored: the scores of a dict share a call
+def call_function(module: ModuleType, name: str, images: Tensor, prompts: tuple[str]) -> Tensor:
+    return getattr(module, name)(images / 255, list(prompts))
+
+
+FACTORIES = {  # (the scorer's part of the spec, device) -> scorer of (P, 3, H, W) uint8 images
+    "hpsv2": load_hpsv2, "hpsv2.1": load_hpsv2, "pickscore": load_clip, "clip": load_clip,
     "aesthetic": load_aesthetic,
-    "clip": load_clip,
     "jpeg_compressibility": lambda spec, device: lambda images, prompts: -jpeg_kilobytes(images),
     "jpeg_incompressibility": lambda spec, device: lambda images, prompts: jpeg_kilobytes(images),
 }
@@ -306,7 +313,7 @@ def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         network, report = loader.from_pretrained(source, **options)
-    except OSError as error:  # a broken file must not become another one in silence
+    except OSError as error:  # a broken file is an error, no reason to load another one
         cause = error.__cause__ or error.__context__
         if "no file named" not in str(error) or isinstance(cause, LocalEntryNotFoundError):
             raise
@@ -318,6 +325,6 @@ def load_network(loader: type, source: str | Path, **options: str) -> nn.Module:
 
 
 def check_words(tokenizer: Callable) -> None:
-    """Raise ValueError for the tokenizer without words that takes the place of missing files."""
+    """Raise ValueError for the empty tokenizer that transformers returns for missing files."""
     if tokenizer("a cat").input_ids == tokenizer("a dog").input_ids:
         raise ValueError("its tokenizer knows no words; are its files there?")

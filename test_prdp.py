@@ -1254,11 +1254,48 @@ def test_a_weighted_sum_is_the_sum_of_its_parts_and_a_weight_of_0_only_watches(t
     "beauty": "unknown reward 'beauty'", "nowhere.py:f": "there is no file nowhere.py",
     "rewards.py:nothing": "there is no function 'nothing' in rewards.py", "hpsv2=much": "'much'",
     "hpsv2=nan": "must be finite", "hpsv2=0,clip:a=0": "one of them not 0",
-    "clip:a,clip:b": "'clip' is given twice", "pickscore:": "'pickscore:' lacks"}.items())
+    "clip:a,hpsv2,clip:a=2": "'clip:a' is given twice", "pickscore:": "'pickscore:' lacks"}.items())
 def test_a_spec_that_is_not_clear_is_refused_in_a_sentence(spec, message):
     with pytest.raises(ValueError, match=f"^--reward {re.escape(spec)}: .*{message}") as error:
         load_reward(spec, CPU)
     assert "\n" not in str(error.value)
+
+
+def test_scores_of_one_dict_share_a_call_and_have_weights_and_names_of_their_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("""
+calls = []
+def scores(images, prompts):
+    calls.append(len(prompts))
+    return {"red": images[:, 0].mean((1, 2)), "v1.length": list(map(len, prompts)), "bad": images}
+def called(images, prompts):
+    return [len(calls)] * len(prompts)
+""")
+    terms = f"{file}:scores.red=2,{file}:called=0,{file}:scores.v1.length=0.5"
+    reward, images, given = load_reward(terms, CPU), torch.rand(3, 3, 8, 8), ["a", "", "a cat"]
+    red = torch.stack([(image[0] * 255).round().mean() / 255 for image in images])
+    for batch in (1, 2):
+        found = reward.terms(images, given)
+        assert list(found) == list(reward.weights) == ["red", "called", "v1.length"]
+        torch.testing.assert_close(found["red"], red)
+        assert found["v1.length"].tolist() == [1, 0, 5] and found["called"].tolist() == [batch] * 3
+    torch.testing.assert_close(reward(images, given), 2 * red + torch.tensor([0.5, 0, 2.5]))
+    for spec, kind, message in (
+        ("scores", ValueError, "'scores' returned a dict; .* or for FUNCTION.SCORE a dict"),
+        ("scores.bad", ValueError, r"'bad' returned shape \(3, 3, 8, 8\)"),
+        ("scores.blue", RuntimeError, "'blue' failed: KeyError: 'blue'"),
+        ("called.red", RuntimeError, "'red' failed: TypeError: list indices")):
+        with pytest.raises(kind, match=f"^reward {message}"):
+            load_reward(f"{file}:{spec}", CPU)(images, given)
+
+
+@pytest.mark.parametrize("spec, names", {
+    "a.py:f,b.py:f=2,b.py:g": ["a.py:f", "b.py:f", "g"],
+    "clip:x/y=1,clip:x/z,hpsv2": ["clip:x-y", "clip:x-z", "hpsv2"],
+    "hpsv2,hpsv2:file.pt=0": ["hpsv2", "hpsv2:file.pt"],
+    "a.py:f.red,a.py:g.red,a.py:f.a/b": ["a.py:f.red", "a.py:g.red", "a-b"]}.items())
+def test_rewards_of_one_name_are_told_apart_and_no_name_has_a_slash(spec, names):
+    assert list(prdp.parse_reward(spec)) == names
 
 
 def test_no_term_can_change_what_another_sees(tmp_path):
@@ -1302,7 +1339,28 @@ def test_a_reward_file_hides_neither_a_module_nor_a_namesake_and_is_read_as_it_i
     assert load_reward(spec, CPU)(torch.ones(1, 3, 8, 8), [""]).tolist() == [9.5]
 
 
+def test_a_reward_may_have_worker_processes_that_start_afresh(tmp_path):
+    file = tmp_path / "1.5/json.py"
+    file.parent.mkdir()
+    file.write_text("""
+import dataclasses, multiprocessing
+@dataclasses.dataclass
+class Picture:
+    red: float
+def work(picture):
+    return picture.red
+def score(images, prompts):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pictures = [Picture(image[0].mean().item()) for image in images]
+        return pool.map_async(work, pictures).get(timeout=60)
+""")
+    scores = load_reward(f"{file}:score", CPU)(torch.stack([torch.zeros(3, 8, 8)] * 2), ["", ""])
+    assert scores.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("fault, kind, message", [
+    ("raise OSError(111, 'refused')", RuntimeError, "failed: ConnectionRefusedError: .* refused"),
+    ("raise httpx.ConnectError('refused')", RuntimeError, "failed: ConnectError: refused"),
     ("float('much')", RuntimeError, "failed: ValueError: could not convert"),
     ("sys.exit(0)", RuntimeError, "failed: SystemExit: 0"),
     ("raise KeyboardInterrupt", KeyboardInterrupt, None),
@@ -1311,12 +1369,13 @@ def test_a_reward_file_hides_neither_a_module_nor_a_namesake_and_is_read_as_it_i
     ("return images", ValueError, r"returned shape \(2, 3, 8, 8\)")])
 def test_a_reward_that_fails_is_named_and_its_traceback_kept(tmp_path, fault, kind, message):
     file = tmp_path / "mine.py"
-    file.write_text(f"import sys, torch\ndef broken(images, prompts):\n    {fault}\n")
+    modules = f"import sys, torch, {httpx.__name__} as httpx\n"
+    file.write_text(f"{modules}def broken(images, prompts):\n    {fault}\n")
     with pytest.raises(kind, match=message) as error:
         load_reward(f"{file}:broken", CPU)(torch.rand(2, 3, 8, 8), ["", ""])
     if kind is RuntimeError:
         assert error.match("^reward 'broken'") and error.value.__cause__.__traceback__
-        file.write_text(f"import sys\n{fault}  # at import\n")
+        file.write_text(f"{modules}{fault}  # at import\n")
         with pytest.raises(RuntimeError, match=f"--reward .*mine.py {message}"):
             load_reward(f"{file}:broken", CPU)
 
