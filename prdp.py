@@ -83,7 +83,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from prompts.sets import UserError, explain, load_prompts, report_cut
-from rewards import Reward, check_words, load_network, load_reward, parse_reward
+from rewards import Reward, RewardError, check_words, load_network, load_reward, parse_reward
 
 # ----------------------------------------------------------------------------------- §1 Config
 
@@ -987,7 +987,7 @@ def main() -> None:
             error = f"{device} is full: lower --micro_batch_size, add --gradient_checkpointing"
         elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
-            error = explain(error)  # the disk, if that is behind it
+            error = error if isinstance(error, RewardError) else explain(error)  # of the disk, say
         message = f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}"
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun says at its end
             Path(file).write_text(json.dumps({"message": message}))
