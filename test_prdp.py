@@ -1381,9 +1381,29 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
     (tmp_path / "claims/README.md").unlink()
     claims.report()
     assert (tmp_path / "claims/README.md").read_text() == shown
-    for claim in claims.CLAIMS.values():
-        for method in claim.methods:
-            prdp.parse_config(claims.flags_of(claim.preset, method))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(
+    reward="aesthetic", num_epochs=3, updates_per_epoch=7, prompts_per_epoch=9, images_per_prompt=5,
+    num_steps=20, kl_weight=9, clip_range=1, guidance_scale=9, micro_batch_size=4, save_every=5)])
+def test_the_claims_flags_are_those_of_their_logs_whatever_the_presets_are(monkeypatch, changes):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims = importlib.import_module("claims")
+    logged = set(claims.LOGS.glob("*/*/config.json"))
+    for preset in ("demo", "demo-large"):
+        monkeypatch.setitem(prdp.PRESETS, preset, prdp.PRESETS[preset] | changes)
+    for world, method in itertools.product(claims.WORLDS, claims.METHODS):
+        flags = claims.flags_of(world, method)
+        prdp.parse_config(flags)
+        for rate, seed in itertools.product(claims.ALL_RATES, "0123456"):
+            file = claims.LOGS / claims.name_of(world, method, rate, seed) / "config.json"
+            if file in logged and not (changes and claims.WORLDS[world].is_preset):
+                config = json.loads(file.read_text().replace('"Infinity"', "Infinity"))
+                flags_of_run = ["--learning_rate", rate, "--seed", seed]
+                flags_of_run += ["--run_dir", config["run_dir"]]
+                assert vars(prdp.parse_config([*flags, *flags_of_run])) == config, file
+            logged.discard(file)
+    assert not logged
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):

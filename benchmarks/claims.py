@@ -1,21 +1,25 @@
 """The paper's claims, tried in the small world of demo/: runs, raw logs, tables and figures.
 
-    python benchmarks/claims.py sweep A                  # learning rates, on seed 0
-    python benchmarks/claims.py run A                    # at the best rate of each method
-    python benchmarks/claims.py samples A                # the end policies: a picture, and kinds
-    python benchmarks/claims.py report                   # all tables and curves, from the logs
+    python benchmarks/claims.py sweep A4       # learning rates, on seeds 0 and 1
+    python benchmarks/claims.py run A4         # at the best rate of each method, and its evaluation
+    python benchmarks/claims.py base P         # the base alone at several guidance scales
+    python benchmarks/claims.py samples A      # the end policies: a picture, and kinds
+    python benchmarks/claims.py report         # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
 two commands for different seeds may run side by side. Runs lie in runs/claims/, and the raw logs of
 those that are finished are copied to benchmarks/claims/; `report` reads nothing else. What has logs
 is not run again; to repeat it, delete them.
 
-What is the same for all methods of a claim: the preset, so the images of an epoch, the epochs, the
-number of steps and guidance; the noise of the evaluation (seed 1000); and how the learning rate is
-chosen: four rates on seed 0, which is not reported, and the one whose mean reward over the last
-fifth of the epochs is highest. An ablation, a method less one part, has the rate of the whole.
-Methods differ by the flags in METHODS alone, and so by prdp.py's defaults of each objective. The
-claims A and B have five seeds, the others three, G and I one.
+What is the same for all methods of a claim: the world's flags, so the images of an epoch, the
+epochs, the number of steps and guidance; the noise of the evaluation (seed 1000); and how the
+learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
+is highest, on seeds that are not reported. That was seed 0 alone for A to I. On 45 prompts the five
+reported seeds then showed another order of PRDP's rates, so later sweeps have seeds 0 and 1. An
+ablation, a method less one part, has the rate of the whole. Methods differ by the flags in METHODS
+alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
+are. P is the presets as they are: their sweep is judged by its evaluations, by reward and by
+objective, and the reported seeds have the rate of the preset.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -34,16 +38,30 @@ E  A reward that does not read the prompt, the smallness of the picture's JPEG (
    prompt (0.54 in the base's samples) what the preset's 1 is to that of its own (0.18).
 F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the standard deviation.
    The curves lie on each other. Gradients are not clipped here, as the two losses differ in scale.
-G  PRDP with --preset demo for five times its epochs: no fall.
-H  PRDP with --preset demo-large and all of its epochs, of which B has half for the cost: no fall.
+G  A's PRDP for five times its epochs: no fall.
+H  B's PRDP for twice its epochs: no fall.
 I  H for five times as many epochs: no fall.
 
+What should be seen of the later claims is in PREDICTIONS, and was written before their runs.
+
+A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as much time.
+C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
+E2      E at rates that a KL weight can hold.
+L       Long runs: 400 epochs.
+M       The paper's reason why DDPO fails: rewards whose level depends on the prompt (levels.py). At
+        level 0 these are the runs of A4 and B4, as a level that is 0 changes no reward.
+R       Does the regression arrive where it should, with a large KL weight and a low rate?
+P       The presets as they are.
+
 Said after the runs began. H's prediction was written after its first run. DDPO makes 4 updates an
-epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
-sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
-runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's. Runs of
-A and D at 1e-4, where another rate is the best, were begun by hand, as were I in two processes and
-K = 4 with --preset demo-large, which has seed 0 alone and three rates.
+epoch, PRDP 1 in A and B. A's best rate of DDPO is the highest of the grid, so a higher one may be
+better. E's methods have rates that were swept on another reward, M's on the reward without levels.
+D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
+the first half of H's (seed 0 of H, which has no evaluation, is there for the sweep of B alone), and
+A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were
+begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep seed 0 has three
+rates. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
+C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2).
 """
 
 import argparse
@@ -66,20 +84,30 @@ from torch.distributions import Categorical
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from levels import SPREAD  # noqa: E402
+
 import prdp  # noqa: E402
 from demo.judge import seen  # noqa: E402
 
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
-RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
-DDPO = "--objective ddpo"
+REWARD = "clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0"
+# Of the claims A to R, whatever the presets are. Rows of METHODS add to them and beat them.
+SMALL_WORLD = (f"--reward {REWARD} --updates_per_epoch 1 --prompts_per_epoch 44 "
+               "--images_per_prompt 6 --num_steps 10 --kl_weight 1 --clip_range 1e-4 "
+               "--guidance_scale 1.5 --micro_batch_size 64 --save_every 1")
+DDPO = ("--objective ddpo --prompts_per_epoch 264 --images_per_prompt 1 --updates_per_epoch 4")
+K4 = "--updates_per_epoch 4"
 JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
-METHODS = {  # flags, and the method whose learning rate it has, or a rate
+LEVELS = (1, 3, 10)  # how many times the spread within a prompt
+AT = {level: f"--reward {REWARD},benchmarks/levels.py:level={level * SPREAD:g}" for level in LEVELS}
+METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "PRDP": ("", "PRDP"),
     "DDPO": (DDPO, "DDPO"),
     "DDPO, batch statistics": (f"{DDPO} --tracker_size 0", "DDPO, batch statistics"),
     "GRPO": ("--objective grpo", "GRPO"),
-    "PRDP, K = 4": ("--updates_per_epoch 4", "PRDP, K = 4"),
-    "PRDP, K = 4, no clipping": ("--updates_per_epoch 4 --clip_range inf", "PRDP, K = 4"),
+    "PRDP, K = 4": (K4, "PRDP, K = 4"),
+    "PRDP, K = 4, no clipping": (f"{K4} --clip_range inf", "PRDP, K = 4"),
+    "PRDP, K = 4, norm clip alone": (f"{K4} --clip_range inf --max_grad_norm 0.01", "PRDP, K = 4"),
     "DDPO, no clipping": (f"{DDPO} --clip_range inf", "DDPO"),
     "PRDP, offline": ("--offline", "PRDP"),
     "PRDP, JPEG, KL 0.3": (f"{JPEG} --kl_weight 0.3", "PRDP"),
@@ -90,40 +118,71 @@ METHODS = {  # flags, and the method whose learning rate it has, or a rate
     "RLOO": ("--objective rloo --max_grad_norm inf", "PRDP"),
     "PRDP, 80 epochs": ("--num_epochs 80", "1e-4"),
     "PRDP, 400 epochs": ("--num_epochs 400", "1e-4"),
+    "GRPO, K = 4": (f"--objective grpo {K4}", "GRPO, K = 4"),
+    "DDPO, 40 epochs": (f"{DDPO} --num_epochs 40", "DDPO"),
+    "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
+    **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
+       for weight in (1, 30, 300, 1000)},
+    "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
+    "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
+    "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
+    "RLOO, 400 epochs": ("--objective rloo --num_epochs 400", "PRDP"),
+    **{f"DDPO, level {level}": (f"{DDPO} {flags}", "DDPO") for level, flags in AT.items()},
+    "DDPO, batch statistics, level 10": (
+        f"{DDPO} --tracker_size 0 {AT[10]}", "DDPO, batch statistics"),
+    "PRDP, K = 4, level 10": (f"{K4} {AT[10]}", "PRDP, K = 4"),
+    "PRDP, K = 4, KL 300": (f"{K4} --kl_weight 300 --num_epochs 32", "2e-5"),
+    "PRDP, K = 4, KL 300, offline": (f"{K4} --kl_weight 300 --num_epochs 32 --offline", "2e-5"),
 }
 
 
 @dataclass
 class World:
-    """What all claims of a preset share."""
+    """What all claims of it share."""
     title: str
     flags: str  # of all methods
     prompts: str  # of the evaluation
     samples: int  # of the evaluation, of each prompt
     terms: tuple[str, ...]  # of the tables; the first is the reward, the last the judge's
+    rates: tuple[str, ...] = ("5e-5", "1e-4", "2e-4", "4e-4")  # of a sweep
+    is_preset: bool = False  # no flags of its own: a sweep is evaluated, others have its rate
 
 
+DEMO = ("prompts/animals.txt", 16, ("clip", "animal"))
+DEMO_LARGE = ("emoji-500,emoji-unseen", 4, ("clip", "animal", "all_right"))
+PRESET_RATES = ("2e-5", "5e-5", "1e-4", "2e-4")
 WORLDS = {
-    "demo": World("45 prompts", "", "prompts/animals.txt", 16, ("clip", "animal")),
-    "demo-large": World("more than 100,000 prompts", "--num_epochs 40", "emoji-500,emoji-unseen", 4,
-                        ("clip", "animal", "all_right")),
+    "demo": World("45 prompts", f"--preset demo {SMALL_WORLD} --num_epochs 16", *DEMO),
+    "demo-large": World("more than 100,000 prompts",
+                        f"--preset demo-large {SMALL_WORLD} --num_epochs 40", *DEMO_LARGE),
+    "preset-demo": World("--preset demo", "--preset demo", *DEMO, PRESET_RATES, True),
+    "preset-demo-large": World("--preset demo-large", "--preset demo-large", *DEMO_LARGE,
+                               PRESET_RATES, True),
 }
+ALL_RATES, SWEEP_SEEDS = ("2e-5", *WORLDS["demo"].rates), ("0", "1")
+GUIDANCES = ("1", "1.5", "3", "5", "8")  # of the base alone
 
 
 @dataclass
 class Claim:
-    preset: str
+    world_name: str
     methods: tuple[str, ...]
     seeds: str = "2,3,4"
+    sweep_seeds: str = "0,1"
     own_terms: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()  # the methods that have the first seed alone
 
     @property
     def world(self) -> World:
-        return WORLDS[self.preset]
+        return WORLDS[self.world_name]
 
     @property
     def terms(self) -> tuple[str, ...]:
         return self.own_terms or self.world.terms
+
+    def seeds_of(self, method: str) -> list[str]:
+        seeds = self.seeds.split(",")
+        return seeds[:1] if method in self.once else seeds
 
     @property
     def curves(self) -> dict[str, str]:
@@ -131,30 +190,70 @@ class Claim:
         return {"reward": self.terms[0], "judge": self.terms[-1]}
 
 
+JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
-    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
-    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
-    "C": Claim("demo", (
-        "PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping")),
-    "D": Claim("demo", ("PRDP", "PRDP, offline")),
-    "E": Claim("demo", (
-        "PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30", "DDPO, JPEG"),
-        own_terms=("jpeg_compressibility", "clip", "animal")),
+    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6", "0"),
+    "A4": Claim("demo", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 40 epochs"), "2,3,4,5,6"),
+    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6", "0"),
+    "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs"),
+                "2,3,4,5,6"),
+    "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
+                        "DDPO", "DDPO, no clipping"), sweep_seeds="0"),
+    "D": Claim("demo", ("PRDP", "PRDP, offline"), sweep_seeds="0"),
+    "E": Claim("demo", ("PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30",
+                        "DDPO, JPEG"), own_terms=JPEG_TERMS),
+    "E2": Claim("demo", tuple(f"PRDP, JPEG, low rate, KL {weight}"
+                              for weight in (1, 30, 300, 1000)), own_terms=JPEG_TERMS),
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
     "G": Claim("demo", ("PRDP, 80 epochs",), "2"),
     "H": Claim("demo-large", ("PRDP, 80 epochs",)),
     "I": Claim("demo-large", ("PRDP, 400 epochs",), "2"),
+    "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
+                              "RLOO, 400 epochs"), "2,3"),
+    "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
+                        "DDPO, level 10", "PRDP, K = 4", "PRDP, K = 4, level 10")),
+    "M-large": Claim("demo-large", (
+        "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4",
+        "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
+    "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
+    "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
+    "P-large": Claim("preset-demo-large", ("PRDP",)),
 }
 
 
-def name_of(preset: str, method: str, rate: str, seed: str) -> str:
-    """The folder of a run's logs. Claims with the same preset share their runs."""
+# Written before the runs of these claims: claim, what should be seen.
+PREDICTIONS = [
+    ("A4", "PRDP at K = 4 ends above DDPO of as many images on every seed"),
+    ("A4", "PRDP at K = 4 does not end above DDPO of as much time, on the mean over seeds"),
+    ("B4", "PRDP at K = 4 ends at a reward of 0.675 ± 0.003"),
+    ("B4", "PRDP at K = 4 ends above DDPO of as many images on every seed"),
+    ("B4", "PRDP at K = 4 does not end above DDPO of as much time, on the mean over seeds"),
+    ("C", "With the norm clip alone PRDP collapses later than without any, on every seed"),
+    ("E2", "At KL 300 and more the kl ends below 0.003 and above 55% of the animals are right"),
+    ("L", "DDPO's reward ends above 0.69 on every seed"),
+    ("L", "The kl of GRPO and RLOO ends above 0.5 on every seed"),
+    ("L", "The reward of GRPO or RLOO falls by more than 0.02 on at least one seed"),
+    ("L", "PRDP's kl is 0.11 ± 0.02 in each of the last three fifths"),
+    ("M", "Batch statistics at level 10 gain less than a fifth of what they gain at level 0"),
+    ("M", "Statistics of each prompt at level 10 gain more than half of what they gain at level 0"),
+    ("M-large", "DDPO at levels 1, 3, 10 gains 0.9, 0.4, 0.05 (each ± 0.15) of its gain at 0"),
+    ("M-large", "PRDP gains the same at level 10 as at level 0, to 0.01, on the same seed"),
+    ("R", "Explained variance of online training ends above 0.3"),
+    ("R", "reward - kl_weight * kl of online training rises from fifth to fifth"),
+    ("P", "Animal right above 96%, and above the base's best at any guidance"),
+    ("P", "reward - kl_weight * kl above the base's on every seed"),
+    ("P-large", "Everything right in emoji-unseen at least 5 points above the base's best"),
+]
+
+
+def name_of(world: str, method: str, rate: str, seed: str) -> str:
+    """The folder of a run's logs. Claims with the same world share their runs."""
     words = method.replace(",", "").replace("= ", "").replace(" ", "-")
-    return f"{preset}/{words}-{rate}-seed{seed}"
+    return f"{world}/{words}-{rate}-seed{seed}"
 
 
-def flags_of(preset: str, method: str) -> list[str]:
-    return ["--preset", preset, *WORLDS[preset].flags.split(), *METHODS[method][0].split()]
+def flags_of(world: str, method: str) -> list[str]:
+    return [*WORLDS[world].flags.split(), *METHODS[method][0].split()]
 
 
 @functools.cache
@@ -168,12 +267,12 @@ def call_prdp(*flags: str) -> None:
     subprocess.run([sys.executable, "prdp.py", *flags], cwd=ROOT, check=True)
 
 
-def train(preset: str, method: str, rate: str, seed: str, again: bool = False) -> None:
+def train(world: str, method: str, rate: str, seed: str, again: bool = False) -> None:
     """One run, if it has no logs yet or is wanted again, and its logs."""
-    name = name_of(preset, method, rate, seed)
+    name = name_of(world, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
     if again or not (logs / "metrics.jsonl").exists():
-        call_prdp(*flags_of(preset, method), "--learning_rate", rate, "--seed", seed,
+        call_prdp(*flags_of(world, method), "--learning_rate", rate, "--seed", seed,
                   "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
@@ -185,18 +284,33 @@ def evaluation_of(prompts: str) -> str:
     return f"evaluation-{Path(prompts).stem}.json"
 
 
-def evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
-    """Train and evaluate, as far as that is not done yet."""
-    name = name_of(claim.preset, method, rate, seed)
-    run, logs = RUNS / name, LOGS / name
+def evaluate(claim: Claim, name: str, *flags: str) -> None:
+    """What --evaluate with these flags says in the claim's world, as far as it is not there yet."""
     files = map(evaluation_of, claim.world.prompts.split(","))
-    missing = [file for file in files if not (logs / file).exists()]
-    train(claim.preset, method, rate, seed, again=bool(missing) and not run.exists())
-    if missing:
-        call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.world.prompts,
-                  "--samples_per_prompt", str(claim.world.samples), "--seed", "1000")
+    if missing := [file for file in files if not (LOGS / name / file).exists()]:
+        call_prdp(*flags, "--prompts", claim.world.prompts, "--samples_per_prompt",
+                  str(claim.world.samples), "--seed", "1000")
+        (LOGS / name).mkdir(parents=True, exist_ok=True)
         for file in missing:
-            shutil.copy(run / file, logs)
+            shutil.copy(RUNS / name / file, LOGS / name)
+
+
+def train_and_evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
+    """As far as that is not done yet."""
+    name = name_of(claim.world_name, method, rate, seed)
+    files = map(evaluation_of, claim.world.prompts.split(","))
+    is_evaluated = all((LOGS / name / file).exists() for file in files)
+    train(claim.world_name, method, rate, seed,
+          again=not is_evaluated and not (RUNS / name).exists())
+    evaluate(claim, name, "--evaluate", f"runs/claims/{name}")
+
+
+def evaluate_base(claim: Claim) -> None:
+    """The base alone at every guidance."""
+    for guidance in GUIDANCES:
+        name = f"{claim.world_name}/base-guidance-{guidance}"
+        evaluate(claim, name, *claim.world.flags.split(), "--evaluate", "base",
+                 "--guidance_scale", guidance, "--run_dir", f"runs/claims/{name}")
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
@@ -207,22 +321,26 @@ def fifths(metrics: list[dict], key: str) -> list[float]:
             for start in range(len(values) % size, len(values), size)]
 
 
-def sweep_ends(preset: str, method: str) -> dict[str, float]:
+def sweep_ends(world: str, method: str, seed: str) -> dict[str, float]:
     """The reward at the end of the sweep's runs that are there, by learning rate."""
-    folders = {rate: LOGS / name_of(preset, method, rate, "0") for rate in RATES}
+    folders = {rate: LOGS / name_of(world, method, rate, seed) for rate in WORLDS[world].rates}
     return {rate: fifths(read(folder), "reward/clip")[-1]
             for rate, folder in folders.items() if folder.exists()}
 
 
-def rate_of(preset: str, method: str) -> str:
-    """By the sweep's logs; raises ValueError if they are not all there."""
-    source = METHODS[method][1]
-    if source in RATES:
-        return source
-    ends = sweep_ends(preset, source)
-    if missing := [rate for rate in RATES if rate not in ends]:
-        raise ValueError(f"the sweep of {source} with --preset {preset} lacks {missing}")
-    return max(ends, key=ends.get)
+def rates_of(claim: Claim, method: str) -> list[str]:
+    """At which to run it: those in METHODS, a preset's own, or the best of the sweep, for which
+    seeds count that have all rates. Raises ValueError if there is none."""
+    world, source = claim.world, METHODS[method][1]
+    if source not in METHODS:
+        return source.split(",")
+    if world.is_preset:
+        own = prdp.parse_config(flags_of(claim.world_name, method)).learning_rate
+        return [world.rates[list(map(float, world.rates)).index(own)]]
+    sweeps = [sweep_ends(claim.world_name, source, seed) for seed in SWEEP_SEEDS]
+    if not (whole := [ends for ends in sweeps if len(ends) == len(world.rates)]):
+        raise ValueError(f"{source} in {claim.world_name} lacks its sweep: --rates says which")
+    return [max(world.rates, key=lambda rate: sum(ends[rate] for ends in whole))]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -239,8 +357,8 @@ def mean_and_error(values: list[float]) -> str:
 def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
     """The logs of the reported seeds, by (method, learning rate)."""
     runs = {}
-    for method, rate in itertools.product(claim.methods, RATES):
-        folders = [LOGS / name_of(claim.preset, method, rate, seed)
+    for method, rate in itertools.product(claim.methods, ALL_RATES):
+        folders = [LOGS / name_of(claim.world_name, method, rate, seed)
                    for seed in claim.seeds.split(",")]
         if found := [folder for folder in folders if folder.exists()]:
             runs[method, rate] = found
@@ -308,8 +426,8 @@ def kinds_table(file: Path) -> str:
 def online_passes_offline(claim: Claim) -> str:
     """The table of claim D."""
     rows = []
-    pairs = [(LOGS / name_of(claim.preset, method, rate, seed),
-              LOGS / name_of(claim.preset, "PRDP", rate, seed), rate, seed)
+    pairs = [(LOGS / name_of(claim.world_name, method, rate, seed),
+              LOGS / name_of(claim.world_name, "PRDP", rate, seed), rate, seed)
              for method, rate in runs_of(claim) if not has_curves(method)
              for seed in claim.seeds.split(",")]
     for offline, online, rate, seed in pairs:
@@ -327,7 +445,7 @@ def curves_lie_on_each_other(claim: Claim) -> str:
     """The table of claim F: the two methods, seed by seed."""
     rows = []
     for seed in claim.seeds.split(","):
-        folders = [LOGS / name_of(claim.preset, *run, seed) for run in runs_of(claim)]
+        folders = [LOGS / name_of(claim.world_name, *run, seed) for run in runs_of(claim)]
         if len(folders) == 2 and all(folder.exists() for folder in folders):
             curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
             gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
@@ -352,15 +470,15 @@ are of one seed of each method.
 
 ## Learning rates
 
-Mean reward over the last fifth of the epochs, seed 0.
+Mean reward over the last fifth of the epochs. A sweep with one row had one seed.
 
 """
     rows = []
-    for preset, method in itertools.product(WORLDS, METHODS):
-        if METHODS[method][1] == method and (ends := sweep_ends(preset, method)):
-            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
-            rows.append([preset, method, *cells])
-    text += table(["preset", "method", *RATES], rows)
+    for world, method, seed in itertools.product(WORLDS, METHODS, SWEEP_SEEDS):
+        if METHODS[method][1] == method and (ends := sweep_ends(world, method, seed)):
+            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in ALL_RATES]
+            rows.append([world, method, seed, *cells])
+    text += table(["world", "method", "seed", *ALL_RATES], rows)
     text += "## Share of the reward's variance that lies between prompts\n\n"
     for claim in (CLAIMS["A"], CLAIMS["B"]):
         runs = [read(folder) for (method, _), folders in runs_of(claim).items()
@@ -369,7 +487,7 @@ Mean reward over the last fifth of the epochs, seed 0.
                   "the last fifth of the epochs": [
                       fifths(metrics, "between_prompt_variance")[-1] for metrics in runs]}
         means = [f"{statistics.fmean(values):.2f} in {name}" for name, values in shares.items()]
-        text += (f"With --preset {claim.preset}, mean over PRDP's reported runs: "
+        text += (f"With --preset {claim.world_name}, mean over PRDP's reported runs: "
                  f"{', '.join(means)}.\n\n")
     shown = {name: claim for name, claim in CLAIMS.items()
              if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
@@ -394,8 +512,8 @@ def costs_table() -> str:
     had to wait. An epoch counts where it is first, and once for runs with the same beginning."""
     counted, rows = set(), []
     for name, claim in CLAIMS.items():
-        swept = [LOGS / name_of(claim.preset, method, rate, "0")
-                 for method in claim.methods for rate in RATES]
+        swept = [LOGS / name_of(claim.world_name, *run)
+                 for run in itertools.product(claim.methods, ALL_RATES, SWEEP_SEEDS)]
         reported = itertools.chain(*runs_of(claim).values())
         num_runs, hours = 0, 0
         for folder in sorted({folder for folder in (*swept, *reported) if folder.exists()}):
@@ -494,26 +612,36 @@ def effective_number(kinds: Iterable[str | None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "run", "samples", "report"))
+    parser.add_argument("what", choices=("sweep", "run", "base", "samples", "report"))
     parser.add_argument("claim", nargs="?", choices=tuple(CLAIMS))
-    parser.add_argument("--seeds", help="of `run`, some of the claim's")
+    parser.add_argument("--seeds", help="some of the claim's; of `sweep`, any")
     parser.add_argument("--methods", help="some of the claim's, with semicolons between")
+    parser.add_argument("--rates", help="instead of the grid, or of what the sweep says")
     arguments = parser.parse_args()
     if arguments.what == "report":
         return report()
     if not arguments.claim:
         parser.error("which claim?")
+    claim = CLAIMS[arguments.claim]
     if arguments.what == "samples":
         return draw_samples(arguments.claim)
-    claim = CLAIMS[arguments.claim]
+    if arguments.what == "base":
+        return evaluate_base(claim)
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
-    if arguments.what == "sweep":
-        for rate, method in itertools.product(RATES, methods):
-            if METHODS[method][1] == method:
-                train(claim.preset, method, rate, "0")
-        return
-    for seed, method in itertools.product((arguments.seeds or claim.seeds).split(","), methods):
-        evaluate(claim, method, rate_of(claim.preset, method), seed)
+    given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
+    seeds = (arguments.seeds or (claim.sweep_seeds if is_sweep else claim.seeds)).split(",")
+    for seed, method in itertools.product(seeds, methods):
+        if is_sweep and METHODS[method][1] == method:
+            rates = given or claim.world.rates
+        elif not is_sweep and seed in claim.seeds_of(method):
+            rates = given or rates_of(claim, method)
+        else:
+            continue
+        for rate in rates:
+            if is_sweep and not claim.world.is_preset:
+                train(claim.world_name, method, rate, seed)
+            else:
+                train_and_evaluate(claim, method, rate, seed)
 
 
 if __name__ == "__main__":
