@@ -411,6 +411,28 @@ def test_grpo_advantages_have_mean_0_and_deviation_1_of_each_prompt():
     assert advantages.std(1, correction=0).tolist() == pytest.approx([1] * 4, rel=1e-5)
 
 
+def test_a_level_of_each_prompt_changes_the_gradient_of_batch_statistics_alone():
+    """Claim M of benchmarks/claims.py, at ten times the spread within a prompt."""
+    torch.manual_seed(0)
+    (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
+    level = load_reward("benchmarks/levels.py:level", CPU)(torch.zeros(500, 3, 1, 1), prompts)
+    assert level.mean().abs() < 0.15 and 0.9 < level.std() < 1.1  # standard normal
+    prompts, level = prompts[:44], level[:44]  # N; B = 6, T = 3
+    rewards = 0.4 + 0.18 * torch.randn(44, 6)
+    log_probs, old, ref = 1e-4 * torch.randn(3, 44, 6, 3, dtype=torch.float64)
+    gradients = {"prdp": [], "grpo": [], "rloo": [], "batch": []}
+    for seen in (rewards, rewards + 1.8 * level[:, None]):
+        theta = log_probs.clone().requires_grad_()
+        advantages = {"grpo": prdp.grpo_advantages(seen), "rloo": prdp.rloo_advantages(seen),
+                      "batch": prdp.ddpo_advantages(seen, prompts, {}, tracker_size=0)}
+        losses = {name: prdp.ddpo_loss(theta, old, of, 1e-4) for name, of in advantages.items()}
+        losses["prdp"] = prdp.prdp_loss(theta, old, ref, seen, 1e-4, kl_weight=1)
+        for name, loss in losses.items():
+            gradients[name] += torch.autograd.grad(loss, theta)
+    error = {name: ((a - b).norm() / a.norm()).item() for name, (a, b) in gradients.items()}
+    assert error.pop("batch") > 0.5 and max(error.values()) < 1e-6, error
+
+
 # ------------------------------------------------------------------------------- §4 the online loop
 
 

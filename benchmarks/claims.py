@@ -42,7 +42,7 @@ G  A's PRDP for five times its epochs: no fall.
 H  B's PRDP for twice its epochs: no fall.
 I  H for five times as many epochs: no fall.
 
-What should be seen of the later claims is in PREDICTIONS, and was written before their runs.
+What should be seen of the later claims stands in predictions.py, written before their runs.
 
 A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as much time.
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
@@ -65,16 +65,18 @@ C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2).
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,6 +87,7 @@ from torch.distributions import Categorical
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from levels import SPREAD  # noqa: E402
+from predictions import PREDICTIONS  # noqa: E402
 
 import prdp  # noqa: E402
 from demo.judge import seen  # noqa: E402
@@ -95,7 +98,7 @@ REWARD = "clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0"
 SMALL_WORLD = (f"--reward {REWARD} --updates_per_epoch 1 --prompts_per_epoch 44 "
                "--images_per_prompt 6 --num_steps 10 --kl_weight 1 --clip_range 1e-4 "
                "--guidance_scale 1.5 --micro_batch_size 64 --save_every 1")
-DDPO = ("--objective ddpo --prompts_per_epoch 264 --images_per_prompt 1 --updates_per_epoch 4")
+DDPO = "--objective ddpo --prompts_per_epoch 264 --images_per_prompt 1 --updates_per_epoch 4"
 K4 = "--updates_per_epoch 4"
 JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
 LEVELS = (1, 3, 10)  # how many times the spread within a prompt
@@ -160,6 +163,7 @@ WORLDS = {
                                PRESET_RATES, True),
 }
 ALL_RATES, SWEEP_SEEDS = ("2e-5", *WORLDS["demo"].rates), ("0", "1")
+OBJECTIVE = "weighted sum - kl_weight * kl"
 GUIDANCES = ("1", "1.5", "3", "5", "8")  # of the base alone
 
 
@@ -168,7 +172,6 @@ class Claim:
     world_name: str
     methods: tuple[str, ...]
     seeds: str = "2,3,4"
-    sweep_seeds: str = "0,1"
     own_terms: tuple[str, ...] = ()
     once: tuple[str, ...] = ()  # the methods that have the first seed alone
 
@@ -192,14 +195,14 @@ class Claim:
 
 JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
-    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6", "0"),
+    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
     "A4": Claim("demo", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 40 epochs"), "2,3,4,5,6"),
-    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6", "0"),
+    "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs"),
                 "2,3,4,5,6"),
     "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
-                        "DDPO", "DDPO, no clipping"), sweep_seeds="0"),
-    "D": Claim("demo", ("PRDP", "PRDP, offline"), sweep_seeds="0"),
+                        "DDPO", "DDPO, no clipping")),
+    "D": Claim("demo", ("PRDP", "PRDP, offline")),
     "E": Claim("demo", ("PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30",
                         "DDPO, JPEG"), own_terms=JPEG_TERMS),
     "E2": Claim("demo", tuple(f"PRDP, JPEG, low rate, KL {weight}"
@@ -221,29 +224,64 @@ CLAIMS = {
 }
 
 
-# Written before the runs of these claims: claim, what should be seen.
-PREDICTIONS = [
-    ("A4", "PRDP at K = 4 ends above DDPO of as many images on every seed"),
-    ("A4", "PRDP at K = 4 does not end above DDPO of as much time, on the mean over seeds"),
-    ("B4", "PRDP at K = 4 ends at a reward of 0.675 ± 0.003"),
-    ("B4", "PRDP at K = 4 ends above DDPO of as many images on every seed"),
-    ("B4", "PRDP at K = 4 does not end above DDPO of as much time, on the mean over seeds"),
-    ("C", "With the norm clip alone PRDP collapses later than without any, on every seed"),
-    ("E2", "At KL 300 and more the kl ends below 0.003 and above 55% of the animals are right"),
-    ("L", "DDPO's reward ends above 0.69 on every seed"),
-    ("L", "The kl of GRPO and RLOO ends above 0.5 on every seed"),
-    ("L", "The reward of GRPO or RLOO falls by more than 0.02 on at least one seed"),
-    ("L", "PRDP's kl is 0.11 ± 0.02 in each of the last three fifths"),
-    ("M", "Batch statistics at level 10 gain less than a fifth of what they gain at level 0"),
-    ("M", "Statistics of each prompt at level 10 gain more than half of what they gain at level 0"),
-    ("M-large", "DDPO at levels 1, 3, 10 gains 0.9, 0.4, 0.05 (each ± 0.15) of its gain at 0"),
-    ("M-large", "PRDP gains the same at level 10 as at level 0, to 0.01, on the same seed"),
-    ("R", "Explained variance of online training ends above 0.3"),
-    ("R", "reward - kl_weight * kl of online training rises from fifth to fifth"),
-    ("P", "Animal right above 96%, and above the base's best at any guidance"),
-    ("P", "reward - kl_weight * kl above the base's on every seed"),
-    ("P-large", "Everything right in emoji-unseen at least 5 points above the base's best"),
-]
+@dataclass
+class Logs:
+    """A claim's runs of one seed, or raises LookupError."""
+    claim: Claim
+    seed: str
+
+    def curve(self, method: str, key: str = "reward/clip") -> list[float]:
+        """A metric in each fifth of the epochs."""
+        return fifths(read(self.folders(method)[0]), key)
+
+    def ends(self, term: str, *methods: str, column: str = "finetuned") -> list[float]:
+        """Of the evaluation on its last prompts: each method at each of its rates."""
+        folders = [folder for method in methods for folder in self.folders(method)]
+        return self.evaluated(folders, term, column)
+
+    def gain(self, method: str) -> float:
+        return self.ends("clip", method, column="difference")[0]
+
+    def left(self, method: str, level: int) -> float:
+        """The gain at a level as a share of that at level 0."""
+        return self.gain(f"{method}, level {level}") / self.gain(method)
+
+    def fall(self, method: str) -> float:
+        """From the best fifth to the last."""
+        return max(self.curve(method)) - self.curve(method)[-1]
+
+    def lead(self, other: str) -> float:
+        """Of PRDP at K = 4 in the reward of the last fifth."""
+        return self.curve("PRDP, K = 4")[-1] - self.curve(other)[-1]
+
+    def collapse(self, method: str) -> float:
+        """The first epoch with a mean reward under 0.2, or inf."""
+        rewards = [line["reward/clip"] for line in read(self.folders(method)[0])]
+        return next((i for i, reward in enumerate(rewards, 1) if reward < 0.2), math.inf)
+
+    def above_base(self, term: str) -> float:
+        """The preset's end less the base's best at any guidance."""
+        world = LOGS / self.claim.world_name
+        folders = [world / f"base-guidance-{guidance}" for guidance in GUIDANCES]
+        return self.ends(term, "PRDP")[0] - max(self.evaluated(folders, term, "base"))
+
+    def folders(self, method: str) -> list[Path]:
+        assert method in self.claim.methods, method
+        folders = [LOGS / name_of(self.claim.world_name, method, rate, self.seed)
+                   for rate in ALL_RATES]
+        if not (found := [folder for folder in folders if folder.exists()]):
+            raise LookupError
+        return found
+
+    def evaluated(self, folders: list[Path], term: str, column: str) -> list[float]:
+        values = evaluated(folders, self.claim.world.prompts.split(",")[-1], term, column)
+        if len(values) < len(folders):
+            raise LookupError
+        return values
+
+
+COUNTED = {"mean": lambda seeds: [statistics.fmean(seeds)], "every seed": list,
+           "one seed": lambda seeds: [max(seeds)]}
 
 
 def name_of(world: str, method: str, rate: str, seed: str) -> str:
@@ -348,10 +386,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
-def mean_and_error(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
+def mean_and_error(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else (
-        f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
+        f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}")
 
 
 def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
@@ -367,10 +407,10 @@ def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
 
 def evaluated(folders: list[Path], prompts: str, term: str,
               column: str = "finetuned") -> list[float]:
-    """A term's mean on a set, of each run whose evaluation is there."""
+    """A term's mean on a set, of each run whose evaluation has it."""
     files = [folder / evaluation_of(prompts) for folder in folders]
-    return [json.loads(file.read_text())["results"][term][column]["mean"]
-            for file in files if file.exists()]
+    results = [json.loads(file.read_text())["results"] for file in files if file.exists()]
+    return [result[term][column]["mean"] for result in results if term in result]
 
 
 def ends_table(claim: Claim) -> str:
@@ -382,13 +422,27 @@ def ends_table(claim: Claim) -> str:
     for run, folders in runs_of(claim).items():
         for prompts in claim.world.prompts.split(","):
             cells = []
-            for term in claim.terms:
-                base, ends = (evaluated(folders, prompts, term, column)
-                              for column in ("base", "finetuned"))
-                if ends:  # the base's is the same with every seed
-                    cells += [mean_and_error(base[:1]), mean_and_error(ends)]
-            rows += [[", ".join(run), prompts, str(len(ends)), *cells]] if ends else []
-    return table(header, rows)
+            for term in (*claim.terms, OBJECTIVE):  # the base's is the same with every seed
+                cells += [mean_and_error(evaluated(folders, prompts, term, "base")[:1]),
+                          mean_and_error(evaluated(folders, prompts, term))]
+            cells.append(mean_and_error(evaluated(folders, prompts, "kl"), 4))
+            num_ends = len(evaluated(folders, prompts, claim.terms[0]))
+            rows += [[", ".join(run), prompts, str(num_ends), *cells]] if num_ends else []
+    if any(row[-1] for row in rows):
+        return table([*header, "objective: base", "finetuned", "kl"], rows)
+    return table(header, [row[:-3] for row in rows])
+
+
+def base_table(claim: Claim) -> str:
+    """The base alone at every guidance, mean and error over prompts."""
+    header, rows = ["guidance", f"prompts x {claim.world.samples}", *claim.terms], []
+    for guidance, prompts in itertools.product(GUIDANCES, claim.world.prompts.split(",")):
+        name = f"{claim.world_name}/base-guidance-{guidance}"
+        if (file := LOGS / name / evaluation_of(prompts)).exists():
+            found = [json.loads(file.read_text())["results"][term]["base"] for term in claim.terms]
+            rows.append([guidance, prompts, *(f"{of['mean']:.3f} ± {of['standard_error']:.3f}"
+                                              for of in found)])
+    return f"The base alone; ± is over prompts here.\n\n{table(header, rows)}" if rows else ""
 
 
 def has_curves(method: str) -> bool:
@@ -409,8 +463,38 @@ def curves_table(claim: Claim) -> str:
                 row += [mean_and_error([curve[0] for curve in curves]),
                         mean_and_error([curve[-1] for curve in curves]),
                         f"{max(max(curve) - curve[-1] for curve in curves):.3f}"]
-            rows.append(row)
+            has_kl = read(folders[0])[0]["kl"] is not None
+            kls = [fifths(read(folder), "kl")[-1] for folder in folders] if has_kl else []
+            rows.append([*row, mean_and_error(kls)])
+    return table([*header, "kl: last fifth"], rows)
+
+
+def explained_table(claim: Claim) -> str:
+    """How much of the reward differences the log ratios explain, from fifth to fifth."""
+    header = ["method, learning rate", "seed", "explained variance in each fifth"]
+    rows = [[", ".join(run), folder.name[-1], ", ".join(
+                f"{value:.3f}" for value in fifths(read(folder), "explained_variance"))]
+            for run, folders in runs_of(claim).items() for folder in folders]
     return table(header, rows)
+
+
+def predictions_table() -> str:
+    """Which were seen. A seed counts when all logs are there that a prediction needs."""
+    rows = []
+    for name, text, figure_of, counted, low, high in PREDICTIONS:
+        figures = {}
+        for seed in CLAIMS[name].seeds.split(","):
+            with contextlib.suppress(LookupError):
+                figures[seed] = figure_of(Logs(CLAIMS[name], seed))
+        verdict = "not run yet"
+        if figures:
+            counting = COUNTED[counted](figures.values())
+            verdict = "seen" if all(low <= x <= high for x in counting) else "**not seen**"
+        bounds = (f"above {low}" if high == math.inf else f"below {high}" if low == -math.inf else
+                  f"{low} to {high}")
+        rows.append([name, text, f"{counted}: {bounds}", ", ".join(
+            f"{figure:.4f} ({seed})" for seed, figure in figures.items()), verdict])
+    return table(["claim", "figure", "predicted", "found (seed)", "so"], rows)
 
 
 def kinds_table(file: Path) -> str:
@@ -461,50 +545,79 @@ def report() -> None:
     text = """# The paper's claims in the small world
 
 Made by `python benchmarks/claims.py report` from the logs in this folder. What was expected, and
-how it was made fair, stands at the top of [claims.py](../claims.py). `clip` is the reward, `animal`
-and `all_right` are the judge's. ± is the standard error over seeds. The first table of a claim is
-of evaluations, the second of the samples that training drew. A fall is the difference between the
-best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
-range; a dashed line is the mean of evaluations at the end of offline training. Pictures of samples
-are of one seed of each method.
+how it was made fair, stands at the top of [claims.py](../claims.py) and in
+[predictions.py](../predictions.py). `clip` is the reward, `animal` and `all_right` are the judge's.
+`kl` is in nats per latent element and step, and the objective is reward - kl_weight * kl; they
+are left out where they were not measured. ± is the standard error over training seeds. The first
+table of a claim is of evaluations, the second of the samples that training drew. A fall is the
+difference between the best fifth of the epochs and the last, on the worst seed. Curves show the
+mean over seeds and their range; a dashed line is the mean of evaluations at the end of offline
+training. Pictures of samples are of one seed of each method.
 
-## Learning rates
+## Predictions
 
-Mean reward over the last fifth of the epochs. A sweep with one row had one seed.
+Those of the claims that came later, each with the figure that decides it, seed by seed. Rewards
+are of the last fifth of the epochs; gains, shares and, where no fifth is named, kl of evaluations.
 
 """
+    text += predictions_table()
+    text += "## Learning rates\n\nMean reward over the last fifth of the epochs, by seed.\n\n"
     rows = []
     for world, method, seed in itertools.product(WORLDS, METHODS, SWEEP_SEEDS):
         if METHODS[method][1] == method and (ends := sweep_ends(world, method, seed)):
             cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in ALL_RATES]
             rows.append([world, method, seed, *cells])
     text += table(["world", "method", "seed", *ALL_RATES], rows)
+    for claim in CLAIMS.values():
+        sweep = replace(claim, seeds=",".join(SWEEP_SEEDS))
+        if claim.world.is_preset and runs_of(sweep):
+            text += (f"What decided the rate of {claim.world.title}: evaluations of the sweep.\n\n"
+                     f"{ends_table(sweep)}")
     text += "## Share of the reward's variance that lies between prompts\n\n"
-    for claim in (CLAIMS["A"], CLAIMS["B"]):
-        runs = [read(folder) for (method, _), folders in runs_of(claim).items()
-                for folder in folders if method == "PRDP"]
-        shares = {"the base's samples": [metrics[0]["between_prompt_variance"] for metrics in runs],
-                  "the last fifth of the epochs": [
-                      fifths(metrics, "between_prompt_variance")[-1] for metrics in runs]}
-        means = [f"{statistics.fmean(values):.2f} in {name}" for name, values in shares.items()]
-        text += (f"With --preset {claim.world_name}, mean over PRDP's reported runs: "
-                 f"{', '.join(means)}.\n\n")
-    shown = {name: claim for name, claim in CLAIMS.items()
-             if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
+    for world in ("demo", "demo-large"):
+        first, last = between_prompts(world)
+        text += (f"In {world}, mean over the reported runs of PRDP in A or B: {first:.2f} in the "
+                 f"base's samples, {last:.2f} in the last fifth of the epochs.\n\n")
+    shown = {name: claim for name, claim in CLAIMS.items() if is_shown(claim)}
     for name, claim in shown.items():
         draw([claim], LOGS / f"{name}.png")
-        text += f"## {name}\n\n{ends_table(claim)}{curves_table(claim)}"
+        text += f"## {name}\n\n{ends_table(claim)}"
+        text += base_table(claim) if claim.world.is_preset else ""
+        text += curves_table(claim)
         text += online_passes_offline(claim) if name == "D" else ""
         text += curves_lie_on_each_other(claim) if name == "F" else ""
+        text += explained_table(claim) if name == "R" else ""
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
-    if {"A", "B"} <= shown.keys():
-        draw([shown["A"], shown["B"]], LOGS / "A-and-B.png")
+    for first, second in (("A", "B"), ("A4", "B4")):
+        if {first, second} <= shown.keys():
+            draw([shown[first], shown[second]], LOGS / f"{first}-and-{second}.png")
+    if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
+        draw_gains(mechanism)
+        text += f"## Gain against share\n\n{draw_gains.__doc__}\n\n![gains](gains.png)\n\n"
     text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
     text += costs_table()
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
+
+
+def is_shown(claim: Claim) -> bool:
+    """Whether there is a run of a method that no other claim of the world has."""
+    shared = {method for other in CLAIMS.values() if other is not claim and
+              other.world_name == claim.world_name for method in other.methods}
+    return any(method not in shared for method, _ in runs_of(claim))
+
+
+def between_prompts(world: str) -> tuple[float, float]:
+    """The share of the reward's variance: in the base's samples and in the last fifth of PRDP's."""
+    claim = next(claim for claim in CLAIMS.values() if claim.world_name == world)
+    runs = [read(folder) for (method, _), folders in runs_of(claim).items()
+            for folder in folders if method == "PRDP"]
+    curves = [[metrics[0]["between_prompt_variance"],
+               fifths(metrics, "between_prompt_variance")[-1]] for metrics in runs]
+    first, last = map(statistics.fmean, zip(*curves, strict=True))
+    return first, last
 
 
 def costs_table() -> str:
@@ -529,7 +642,8 @@ def costs_table() -> str:
 
 def draw(claims: list[Claim], file: Path) -> None:
     """A column for each claim: reward above, judge below, against images drawn; the mean over seeds
-    and their range. A method has one colour everywhere, and a line style for each of its rates."""
+    and their range. A method has one colour, and a line style for each of its rates."""
+    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
@@ -537,7 +651,7 @@ def draw(claims: list[Claim], file: Path) -> None:
         for (method, rate), folders in runs_of(claim).items():
             draw_method, lines = ((draw_curves, ("-", ":")) if has_curves(method) else
                                   (draw_ends, ("--", "-.")))
-            draw_method(claim, folders, column, color=f"C{list(METHODS).index(method)}",
+            draw_method(claim, folders, column, color=f"C{methods.index(method)}",
                         linestyle=lines[rates[method]], label=f"{method}, {rate}")
             rates[method] += 1
         for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
@@ -567,6 +681,34 @@ def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style
     for axes, term in zip(column, claim.curves.values(), strict=True):
         if ends := evaluated(folders, claim.world.prompts, term):
             axes.axhline(statistics.fmean(ends), **style)
+
+
+def draw_gains(claims: list[Claim]) -> None:
+    """A point is a run at level 0, 1, 3 or 10: its gain in the reward without the level (evaluation
+    on the last prompts) against the share s of the variance that lies between prompts, level
+    included. The formula: of the variance within a prompt an advantage has 1 / (1 - s) with
+    statistics of the batch, and B / (B - 1), whatever s is, with the other images of the prompt.
+    AdamW fixes the length of a step, so what a noisy step gains goes with the inverse of the root
+    of that (dashed, through the mean at level 0). At s = 1 / B (dotted) the two are equal."""
+    figure = Figure(figsize=(5 * len(claims), 3.5), layout="constrained")
+    for axes, claim in zip(figure.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
+        base = between_prompts(claim.world_name)[0]
+        shares, names = torch.linspace(base, 1, 200), []
+        batch = {"demo": "DDPO, batch statistics", "demo-large": "DDPO"}[claim.world_name]
+        for (method, _), folders in runs_of(claim).items():
+            gains = evaluated(folders, claim.world.prompts.split(",")[-1], "clip", "difference")
+            name, _, level = method.partition(", level ")
+            names += [] if name in names else [name]
+            color, odds = f"C{names.index(name)}", base / (1 - base) + float(level or 0) ** 2
+            axes.plot([odds / (1 + odds)] * len(gains), gains, "o", color=color)
+            if gains and not level:
+                left = ((1 - shares) / (1 - base)).sqrt() if name == batch else torch.ones(200)
+                axes.plot(shares, statistics.fmean(gains) * left, "--", color=color, label=name)
+        axes.axvline(1 / 6, color="grey", linestyle=":")
+        axes.set(title=claim.world.title, ylabel="gain in clip",
+                 xlabel="share of the reward's variance between prompts")
+        axes.legend()
+    figure.savefig(LOGS / "gains.png", dpi=100)
 
 
 def draw_samples(name: str) -> None:
@@ -629,7 +771,8 @@ def main() -> None:
         return evaluate_base(claim)
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
     given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
-    seeds = (arguments.seeds or (claim.sweep_seeds if is_sweep else claim.seeds)).split(",")
+    seeds = SWEEP_SEEDS if is_sweep else claim.seeds.split(",")
+    seeds = arguments.seeds.split(",") if arguments.seeds else seeds
     for seed, method in itertools.product(seeds, methods):
         if is_sweep and METHODS[method][1] == method:
             rates = given or claim.world.rates

@@ -23,7 +23,7 @@ def level(images: Tensor, prompts: list[str]) -> Tensor:
     """(P,) a standard normal number of each prompt, on any machine the same."""
     numbers = {}
     for prompt in dict.fromkeys(prompts):
-        # demo/grammar.py holds out the sentences of the least hashes, hence the word in front.
+        # The 500 sentences of emoji-unseen are those of the least hashes, hence the words in front.
         digest = int.from_bytes(hashlib.sha256(f"level of {prompt}".encode()).digest()[:6])
         numbers[prompt] = NormalDist().inv_cdf((digest + 0.5) / 2**48)  # never at 0 or 1
     return torch.tensor([numbers[prompt] for prompt in prompts], device=images.device)
