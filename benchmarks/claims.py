@@ -153,7 +153,7 @@ class World:
 
 DEMO = ("prompts/animals.txt", 16, ("clip", "animal"))
 DEMO_LARGE = ("emoji-500,emoji-unseen", 4, ("clip", "animal", "all_right"))
-PRESET_RATES = ("2e-5", "5e-5", "1e-4", "2e-4")
+PRESET_RATES = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4")
 WORLDS = {
     "demo": World("45 prompts", f"--preset demo {SMALL_WORLD} --num_epochs 16", *DEMO),
     "demo-large": World("more than 100,000 prompts",
@@ -162,7 +162,7 @@ WORLDS = {
     "preset-demo-large": World("--preset demo-large", "--preset demo-large", *DEMO_LARGE,
                                PRESET_RATES, True),
 }
-ALL_RATES, SWEEP_SEEDS = ("2e-5", *WORLDS["demo"].rates), ("0", "1")
+ALL_RATES, SWEEP_SEEDS = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
 OBJECTIVE = "weighted sum - kl_weight * kl"
 GUIDANCES = ("1", "1.5", "3", "5", "8")  # of the base alone
 
