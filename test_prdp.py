@@ -411,6 +411,28 @@ def test_grpo_advantages_have_mean_0_and_deviation_1_of_each_prompt():
     assert advantages.std(1, correction=0).tolist() == pytest.approx([1] * 4, rel=1e-5)
 
 
+def test_a_level_of_each_prompt_changes_the_gradient_of_batch_statistics_alone():
+    """Claim M of benchmarks/claims.py, at ten times the spread within a prompt."""
+    torch.manual_seed(0)
+    (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
+    level = load_reward("benchmarks/levels.py:level", CPU)(torch.zeros(500, 3, 1, 1), prompts)
+    assert level.mean().abs() < 0.15 and 0.9 < level.std() < 1.1  # standard normal
+    prompts, level = prompts[:44], level[:44]  # N; B = 6, T = 3
+    rewards = 0.4 + 0.18 * torch.randn(44, 6)
+    log_probs, old, ref = 1e-4 * torch.randn(3, 44, 6, 3, dtype=torch.float64)
+    gradients = {"prdp": [], "grpo": [], "rloo": [], "batch": []}
+    for seen in (rewards, rewards + 1.8 * level[:, None]):
+        theta = log_probs.clone().requires_grad_()
+        advantages = {"grpo": prdp.grpo_advantages(seen), "rloo": prdp.rloo_advantages(seen),
+                      "batch": prdp.ddpo_advantages(seen, prompts, {}, tracker_size=0)}
+        losses = {name: prdp.ddpo_loss(theta, old, of, 1e-4) for name, of in advantages.items()}
+        losses["prdp"] = prdp.prdp_loss(theta, old, ref, seen, 1e-4, kl_weight=1)
+        for name, loss in losses.items():
+            gradients[name] += torch.autograd.grad(loss, theta)
+    error = {name: ((a - b).norm() / a.norm()).item() for name, (a, b) in gradients.items()}
+    assert error.pop("batch") > 0.5 and max(error.values()) < 1e-6, error
+
+
 # ------------------------------------------------------------------------------- §4 the online loop
 
 
@@ -1440,9 +1462,29 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
     (tmp_path / "claims/README.md").unlink()
     claims.report()
     assert (tmp_path / "claims/README.md").read_text() == shown
-    for claim in claims.CLAIMS.values():
-        for method in claim.methods:
-            prdp.parse_config(claims.flags_of(claim.preset, method))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(
+    reward="aesthetic", num_epochs=3, updates_per_epoch=7, prompts_per_epoch=9, images_per_prompt=5,
+    num_steps=20, kl_weight=9, clip_range=1, guidance_scale=9, micro_batch_size=4, save_every=5)])
+def test_the_claims_flags_are_those_of_their_logs_whatever_the_presets_are(monkeypatch, changes):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims = importlib.import_module("claims")
+    logged = set(claims.LOGS.glob("*/*/config.json"))
+    for preset in ("demo", "demo-large"):
+        monkeypatch.setitem(prdp.PRESETS, preset, prdp.PRESETS[preset] | changes)
+    for world, method in itertools.product(claims.WORLDS, claims.METHODS):
+        flags = claims.flags_of(world, method)
+        prdp.parse_config(flags)
+        for rate, seed in itertools.product(claims.ALL_RATES, "0123456"):
+            file = claims.LOGS / claims.name_of(world, method, rate, seed) / "config.json"
+            if file in logged and not (changes and claims.WORLDS[world].is_preset):
+                config = json.loads(file.read_text().replace('"Infinity"', "Infinity"))
+                flags_of_run = ["--learning_rate", rate, "--seed", seed]
+                flags_of_run += ["--run_dir", config["run_dir"]]
+                assert vars(prdp.parse_config([*flags, *flags_of_run])) == config, file
+            logged.discard(file)
+    assert not logged
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):

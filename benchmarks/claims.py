@@ -1,21 +1,25 @@
 """The paper's claims, tried in the small world of demo/: runs, raw logs, tables and figures.
 
-    python benchmarks/claims.py sweep A                  # learning rates, on seed 0
-    python benchmarks/claims.py run A                    # at the best rate of each method
-    python benchmarks/claims.py samples A                # the end policies: a picture, and kinds
-    python benchmarks/claims.py report                   # all tables and curves, from the logs
+    python benchmarks/claims.py sweep A4       # learning rates, on seeds 0 and 1
+    python benchmarks/claims.py run A4         # at the best rate of each method, and its evaluation
+    python benchmarks/claims.py base P         # the base alone at several guidance scales
+    python benchmarks/claims.py samples A      # the end policies: a picture, and kinds
+    python benchmarks/claims.py report         # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
 two commands for different seeds may run side by side. Runs lie in runs/claims/, and the raw logs of
 those that are finished are copied to benchmarks/claims/; `report` reads nothing else. What has logs
 is not run again; to repeat it, delete them.
 
-What is the same for all methods of a claim: the preset, so the images of an epoch, the epochs, the
-number of steps and guidance; the noise of the evaluation (seed 1000); and how the learning rate is
-chosen: four rates on seed 0, which is not reported, and the one whose mean reward over the last
-fifth of the epochs is highest. An ablation, a method less one part, has the rate of the whole.
-Methods differ by the flags in METHODS alone, and so by prdp.py's defaults of each objective. The
-claims A and B have five seeds, the others three, G and I one.
+What is the same for all methods of a claim: the world's flags, so the images of an epoch, the
+epochs, the number of steps and guidance; the noise of the evaluation (seed 1000); and how the
+learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
+is highest, on seeds that are not reported. That was seed 0 alone for A to I. On 45 prompts the five
+reported seeds then showed another order of PRDP's rates, so later sweeps have seeds 0 and 1. An
+ablation, a method less one part, has the rate of the whole. Methods differ by the flags in METHODS
+alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
+are. P is the presets as they are: their sweep is judged by its evaluations, by reward and by
+objective, and the reported seeds have the rate of the preset.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -34,29 +38,45 @@ E  A reward that does not read the prompt, the smallness of the picture's JPEG (
    prompt (0.54 in the base's samples) what the preset's 1 is to that of its own (0.18).
 F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the standard deviation.
    The curves lie on each other. Gradients are not clipped here, as the two losses differ in scale.
-G  PRDP with --preset demo for five times its epochs: no fall.
-H  PRDP with --preset demo-large and all of its epochs, of which B has half for the cost: no fall.
+G  A's PRDP for five times its epochs: no fall.
+H  B's PRDP for twice its epochs: no fall.
 I  H for five times as many epochs: no fall.
 
+What should be seen of the later claims stands in predictions.py, written before their runs.
+
+A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as much time.
+C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
+E2      E at rates that a KL weight can hold.
+L       Long runs: 400 epochs.
+M       The paper's reason why DDPO fails: rewards whose level depends on the prompt (levels.py). At
+        level 0 these are the runs of A4 and B4, as a level that is 0 changes no reward.
+R       Does the regression arrive where it should, with a large KL weight and a low rate?
+P       The presets as they are.
+
 Said after the runs began. H's prediction was written after its first run. DDPO makes 4 updates an
-epoch, PRDP 1. A's best rate of DDPO is the highest of the grid, so a higher one may be better. A
-sweep of one seed is a weak choice. E's methods have rates that were swept on another reward. B's
-runs of PRDP at 1e-4 are the first half of H's, and A's of seed 2 is the beginning of G's. Runs of
-A and D at 1e-4, where another rate is the best, were begun by hand, as were I in two processes and
-K = 4 with --preset demo-large, which has seed 0 alone and three rates.
+epoch, PRDP 1 in A and B. A's best rate of DDPO is the highest of the grid, so a higher one may be
+better. E's methods have rates that were swept on another reward, M's on the reward without levels.
+D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
+the first half of H's (seed 0 of H, which has no evaluation, is there for the sweep of B alone), and
+A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were
+begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep seed 0 has three
+rates. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
+C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2).
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,20 +86,31 @@ from torch.distributions import Categorical
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from levels import SPREAD  # noqa: E402
+from predictions import PREDICTIONS  # noqa: E402
+
 import prdp  # noqa: E402
 from demo.judge import seen  # noqa: E402
 
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
-RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
-DDPO = "--objective ddpo"
+REWARD = "clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0"
+# Of the claims A to R, whatever the presets are. Rows of METHODS add to them and beat them.
+SMALL_WORLD = (f"--reward {REWARD} --updates_per_epoch 1 --prompts_per_epoch 44 "
+               "--images_per_prompt 6 --num_steps 10 --kl_weight 1 --clip_range 1e-4 "
+               "--guidance_scale 1.5 --micro_batch_size 64 --save_every 1")
+DDPO = "--objective ddpo --prompts_per_epoch 264 --images_per_prompt 1 --updates_per_epoch 4"
+K4 = "--updates_per_epoch 4"
 JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
-METHODS = {  # flags, and the method whose learning rate it has, or a rate
+LEVELS = (1, 3, 10)  # how many times the spread within a prompt
+AT = {level: f"--reward {REWARD},benchmarks/levels.py:level={level * SPREAD:g}" for level in LEVELS}
+METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "PRDP": ("", "PRDP"),
     "DDPO": (DDPO, "DDPO"),
     "DDPO, batch statistics": (f"{DDPO} --tracker_size 0", "DDPO, batch statistics"),
     "GRPO": ("--objective grpo", "GRPO"),
-    "PRDP, K = 4": ("--updates_per_epoch 4", "PRDP, K = 4"),
-    "PRDP, K = 4, no clipping": ("--updates_per_epoch 4 --clip_range inf", "PRDP, K = 4"),
+    "PRDP, K = 4": (K4, "PRDP, K = 4"),
+    "PRDP, K = 4, no clipping": (f"{K4} --clip_range inf", "PRDP, K = 4"),
+    "PRDP, K = 4, norm clip alone": (f"{K4} --clip_range inf --max_grad_norm 0.01", "PRDP, K = 4"),
     "DDPO, no clipping": (f"{DDPO} --clip_range inf", "DDPO"),
     "PRDP, offline": ("--offline", "PRDP"),
     "PRDP, JPEG, KL 0.3": (f"{JPEG} --kl_weight 0.3", "PRDP"),
@@ -90,40 +121,71 @@ METHODS = {  # flags, and the method whose learning rate it has, or a rate
     "RLOO": ("--objective rloo --max_grad_norm inf", "PRDP"),
     "PRDP, 80 epochs": ("--num_epochs 80", "1e-4"),
     "PRDP, 400 epochs": ("--num_epochs 400", "1e-4"),
+    "GRPO, K = 4": (f"--objective grpo {K4}", "GRPO, K = 4"),
+    "DDPO, 40 epochs": (f"{DDPO} --num_epochs 40", "DDPO"),
+    "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
+    **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
+       for weight in (1, 30, 300, 1000)},
+    "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
+    "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
+    "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
+    "RLOO, 400 epochs": ("--objective rloo --num_epochs 400", "PRDP"),
+    **{f"DDPO, level {level}": (f"{DDPO} {flags}", "DDPO") for level, flags in AT.items()},
+    "DDPO, batch statistics, level 10": (
+        f"{DDPO} --tracker_size 0 {AT[10]}", "DDPO, batch statistics"),
+    "PRDP, K = 4, level 10": (f"{K4} {AT[10]}", "PRDP, K = 4"),
+    "PRDP, K = 4, KL 300": (f"{K4} --kl_weight 300 --num_epochs 32", "2e-5"),
+    "PRDP, K = 4, KL 300, offline": (f"{K4} --kl_weight 300 --num_epochs 32 --offline", "2e-5"),
 }
 
 
 @dataclass
 class World:
-    """What all claims of a preset share."""
+    """What all claims of it share."""
     title: str
     flags: str  # of all methods
     prompts: str  # of the evaluation
     samples: int  # of the evaluation, of each prompt
     terms: tuple[str, ...]  # of the tables; the first is the reward, the last the judge's
+    rates: tuple[str, ...] = ("5e-5", "1e-4", "2e-4", "4e-4")  # of a sweep
+    is_preset: bool = False  # no flags of its own: a sweep is evaluated, others have its rate
 
 
+DEMO = ("prompts/animals.txt", 16, ("clip", "animal"))
+DEMO_LARGE = ("emoji-500,emoji-unseen", 4, ("clip", "animal", "all_right"))
+PRESET_RATES = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4")
 WORLDS = {
-    "demo": World("45 prompts", "", "prompts/animals.txt", 16, ("clip", "animal")),
-    "demo-large": World("more than 100,000 prompts", "--num_epochs 40", "emoji-500,emoji-unseen", 4,
-                        ("clip", "animal", "all_right")),
+    "demo": World("45 prompts", f"--preset demo {SMALL_WORLD} --num_epochs 16", *DEMO),
+    "demo-large": World("more than 100,000 prompts",
+                        f"--preset demo-large {SMALL_WORLD} --num_epochs 40", *DEMO_LARGE),
+    "preset-demo": World("--preset demo", "--preset demo", *DEMO, PRESET_RATES, True),
+    "preset-demo-large": World("--preset demo-large", "--preset demo-large", *DEMO_LARGE,
+                               PRESET_RATES, True),
 }
+ALL_RATES, SWEEP_SEEDS = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
+OBJECTIVE = "weighted sum - kl_weight * kl"
+GUIDANCES = ("1", "1.5", "3", "5", "8")  # of the base alone
 
 
 @dataclass
 class Claim:
-    preset: str
+    world_name: str
     methods: tuple[str, ...]
     seeds: str = "2,3,4"
     own_terms: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()  # the methods that have the first seed alone
 
     @property
     def world(self) -> World:
-        return WORLDS[self.preset]
+        return WORLDS[self.world_name]
 
     @property
     def terms(self) -> tuple[str, ...]:
         return self.own_terms or self.world.terms
+
+    def seeds_of(self, method: str) -> list[str]:
+        seeds = self.seeds.split(",")
+        return seeds[:1] if method in self.once else seeds
 
     @property
     def curves(self) -> dict[str, str]:
@@ -131,30 +193,105 @@ class Claim:
         return {"reward": self.terms[0], "judge": self.terms[-1]}
 
 
+JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
     "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
+    "A4": Claim("demo", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 40 epochs"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
-    "C": Claim("demo", (
-        "PRDP, K = 4", "PRDP, K = 4, no clipping", "DDPO", "DDPO, no clipping")),
+    "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs"),
+                "2,3,4,5,6"),
+    "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
+                        "DDPO", "DDPO, no clipping")),
     "D": Claim("demo", ("PRDP", "PRDP, offline")),
-    "E": Claim("demo", (
-        "PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30", "DDPO, JPEG"),
-        own_terms=("jpeg_compressibility", "clip", "animal")),
+    "E": Claim("demo", ("PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30",
+                        "DDPO, JPEG"), own_terms=JPEG_TERMS),
+    "E2": Claim("demo", tuple(f"PRDP, JPEG, low rate, KL {weight}"
+                              for weight in (1, 30, 300, 1000)), own_terms=JPEG_TERMS),
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
     "G": Claim("demo", ("PRDP, 80 epochs",), "2"),
     "H": Claim("demo-large", ("PRDP, 80 epochs",)),
     "I": Claim("demo-large", ("PRDP, 400 epochs",), "2"),
+    "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
+                              "RLOO, 400 epochs"), "2,3"),
+    "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
+                        "DDPO, level 10", "PRDP, K = 4", "PRDP, K = 4, level 10")),
+    "M-large": Claim("demo-large", (
+        "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4",
+        "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
+    "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
+    "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
+    "P-large": Claim("preset-demo-large", ("PRDP",)),
 }
 
 
-def name_of(preset: str, method: str, rate: str, seed: str) -> str:
-    """The folder of a run's logs. Claims with the same preset share their runs."""
+@dataclass
+class Logs:
+    """A claim's runs of one seed, or raises LookupError."""
+    claim: Claim
+    seed: str
+
+    def curve(self, method: str, key: str = "reward/clip") -> list[float]:
+        """A metric in each fifth of the epochs."""
+        return fifths(read(self.folders(method)[0]), key)
+
+    def ends(self, term: str, *methods: str, column: str = "finetuned") -> list[float]:
+        """Of the evaluation on its last prompts: each method at each of its rates."""
+        folders = [folder for method in methods for folder in self.folders(method)]
+        return self.evaluated(folders, term, column)
+
+    def gain(self, method: str) -> float:
+        return self.ends("clip", method, column="difference")[0]
+
+    def left(self, method: str, level: int) -> float:
+        """The gain at a level as a share of that at level 0."""
+        return self.gain(f"{method}, level {level}") / self.gain(method)
+
+    def fall(self, method: str) -> float:
+        """From the best fifth to the last."""
+        return max(self.curve(method)) - self.curve(method)[-1]
+
+    def lead(self, other: str) -> float:
+        """Of PRDP at K = 4 in the reward of the last fifth."""
+        return self.curve("PRDP, K = 4")[-1] - self.curve(other)[-1]
+
+    def collapse(self, method: str) -> float:
+        """The first epoch with a mean reward under 0.2, or inf."""
+        rewards = [line["reward/clip"] for line in read(self.folders(method)[0])]
+        return next((i for i, reward in enumerate(rewards, 1) if reward < 0.2), math.inf)
+
+    def above_base(self, term: str) -> float:
+        """The preset's end less the base's best at any guidance."""
+        world = LOGS / self.claim.world_name
+        folders = [world / f"base-guidance-{guidance}" for guidance in GUIDANCES]
+        return self.ends(term, "PRDP")[0] - max(self.evaluated(folders, term, "base"))
+
+    def folders(self, method: str) -> list[Path]:
+        assert method in self.claim.methods, method
+        folders = [LOGS / name_of(self.claim.world_name, method, rate, self.seed)
+                   for rate in ALL_RATES]
+        if not (found := [folder for folder in folders if folder.exists()]):
+            raise LookupError
+        return found
+
+    def evaluated(self, folders: list[Path], term: str, column: str) -> list[float]:
+        values = evaluated(folders, self.claim.world.prompts.split(",")[-1], term, column)
+        if len(values) < len(folders):
+            raise LookupError
+        return values
+
+
+COUNTED = {"mean": lambda seeds: [statistics.fmean(seeds)], "every seed": list,
+           "one seed": lambda seeds: [max(seeds)]}
+
+
+def name_of(world: str, method: str, rate: str, seed: str) -> str:
+    """The folder of a run's logs. Claims with the same world share their runs."""
     words = method.replace(",", "").replace("= ", "").replace(" ", "-")
-    return f"{preset}/{words}-{rate}-seed{seed}"
+    return f"{world}/{words}-{rate}-seed{seed}"
 
 
-def flags_of(preset: str, method: str) -> list[str]:
-    return ["--preset", preset, *WORLDS[preset].flags.split(), *METHODS[method][0].split()]
+def flags_of(world: str, method: str) -> list[str]:
+    return [*WORLDS[world].flags.split(), *METHODS[method][0].split()]
 
 
 @functools.cache
@@ -168,12 +305,12 @@ def call_prdp(*flags: str) -> None:
     subprocess.run([sys.executable, "prdp.py", *flags], cwd=ROOT, check=True)
 
 
-def train(preset: str, method: str, rate: str, seed: str, again: bool = False) -> None:
+def train(world: str, method: str, rate: str, seed: str, again: bool = False) -> None:
     """One run, if it has no logs yet or is wanted again, and its logs."""
-    name = name_of(preset, method, rate, seed)
+    name = name_of(world, method, rate, seed)
     run, logs = RUNS / name, LOGS / name
     if again or not (logs / "metrics.jsonl").exists():
-        call_prdp(*flags_of(preset, method), "--learning_rate", rate, "--seed", seed,
+        call_prdp(*flags_of(world, method), "--learning_rate", rate, "--seed", seed,
                   "--run_dir", str(run.relative_to(ROOT)))
         logs.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
@@ -185,18 +322,33 @@ def evaluation_of(prompts: str) -> str:
     return f"evaluation-{Path(prompts).stem}.json"
 
 
-def evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
-    """Train and evaluate, as far as that is not done yet."""
-    name = name_of(claim.preset, method, rate, seed)
-    run, logs = RUNS / name, LOGS / name
+def evaluate(claim: Claim, name: str, *flags: str) -> None:
+    """What --evaluate with these flags says in the claim's world, as far as it is not there yet."""
     files = map(evaluation_of, claim.world.prompts.split(","))
-    missing = [file for file in files if not (logs / file).exists()]
-    train(claim.preset, method, rate, seed, again=bool(missing) and not run.exists())
-    if missing:
-        call_prdp("--evaluate", str(run.relative_to(ROOT)), "--prompts", claim.world.prompts,
-                  "--samples_per_prompt", str(claim.world.samples), "--seed", "1000")
+    if missing := [file for file in files if not (LOGS / name / file).exists()]:
+        call_prdp(*flags, "--prompts", claim.world.prompts, "--samples_per_prompt",
+                  str(claim.world.samples), "--seed", "1000")
+        (LOGS / name).mkdir(parents=True, exist_ok=True)
         for file in missing:
-            shutil.copy(run / file, logs)
+            shutil.copy(RUNS / name / file, LOGS / name)
+
+
+def train_and_evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
+    """As far as that is not done yet."""
+    name = name_of(claim.world_name, method, rate, seed)
+    files = map(evaluation_of, claim.world.prompts.split(","))
+    is_evaluated = all((LOGS / name / file).exists() for file in files)
+    train(claim.world_name, method, rate, seed,
+          again=not is_evaluated and not (RUNS / name).exists())
+    evaluate(claim, name, "--evaluate", f"runs/claims/{name}")
+
+
+def evaluate_base(claim: Claim) -> None:
+    """The base alone at every guidance."""
+    for guidance in GUIDANCES:
+        name = f"{claim.world_name}/base-guidance-{guidance}"
+        evaluate(claim, name, *claim.world.flags.split(), "--evaluate", "base",
+                 "--guidance_scale", guidance, "--run_dir", f"runs/claims/{name}")
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
@@ -207,22 +359,26 @@ def fifths(metrics: list[dict], key: str) -> list[float]:
             for start in range(len(values) % size, len(values), size)]
 
 
-def sweep_ends(preset: str, method: str) -> dict[str, float]:
+def sweep_ends(world: str, method: str, seed: str) -> dict[str, float]:
     """The reward at the end of the sweep's runs that are there, by learning rate."""
-    folders = {rate: LOGS / name_of(preset, method, rate, "0") for rate in RATES}
+    folders = {rate: LOGS / name_of(world, method, rate, seed) for rate in WORLDS[world].rates}
     return {rate: fifths(read(folder), "reward/clip")[-1]
             for rate, folder in folders.items() if folder.exists()}
 
 
-def rate_of(preset: str, method: str) -> str:
-    """By the sweep's logs; raises ValueError if they are not all there."""
-    source = METHODS[method][1]
-    if source in RATES:
-        return source
-    ends = sweep_ends(preset, source)
-    if missing := [rate for rate in RATES if rate not in ends]:
-        raise ValueError(f"the sweep of {source} with --preset {preset} lacks {missing}")
-    return max(ends, key=ends.get)
+def rates_of(claim: Claim, method: str) -> list[str]:
+    """At which to run it: those in METHODS, a preset's own, or the best of the sweep, for which
+    seeds count that have all rates. Raises ValueError if there is none."""
+    world, source = claim.world, METHODS[method][1]
+    if source not in METHODS:
+        return source.split(",")
+    if world.is_preset:
+        own = prdp.parse_config(flags_of(claim.world_name, method)).learning_rate
+        return [world.rates[list(map(float, world.rates)).index(own)]]
+    sweeps = [sweep_ends(claim.world_name, source, seed) for seed in SWEEP_SEEDS]
+    if not (whole := [ends for ends in sweeps if len(ends) == len(world.rates)]):
+        raise ValueError(f"{source} in {claim.world_name} lacks its sweep: --rates says which")
+    return [max(world.rates, key=lambda rate: sum(ends[rate] for ends in whole))]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -230,17 +386,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
-def mean_and_error(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.3f}"
+def mean_and_error(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else (
-        f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
+        f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}")
 
 
 def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
     """The logs of the reported seeds, by (method, learning rate)."""
     runs = {}
-    for method, rate in itertools.product(claim.methods, RATES):
-        folders = [LOGS / name_of(claim.preset, method, rate, seed)
+    for method, rate in itertools.product(claim.methods, ALL_RATES):
+        folders = [LOGS / name_of(claim.world_name, method, rate, seed)
                    for seed in claim.seeds.split(",")]
         if found := [folder for folder in folders if folder.exists()]:
             runs[method, rate] = found
@@ -249,10 +407,10 @@ def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
 
 def evaluated(folders: list[Path], prompts: str, term: str,
               column: str = "finetuned") -> list[float]:
-    """A term's mean on a set, of each run whose evaluation is there."""
+    """A term's mean on a set, of each run whose evaluation has it."""
     files = [folder / evaluation_of(prompts) for folder in folders]
-    return [json.loads(file.read_text())["results"][term][column]["mean"]
-            for file in files if file.exists()]
+    results = [json.loads(file.read_text())["results"] for file in files if file.exists()]
+    return [result[term][column]["mean"] for result in results if term in result]
 
 
 def ends_table(claim: Claim) -> str:
@@ -264,13 +422,27 @@ def ends_table(claim: Claim) -> str:
     for run, folders in runs_of(claim).items():
         for prompts in claim.world.prompts.split(","):
             cells = []
-            for term in claim.terms:
-                base, ends = (evaluated(folders, prompts, term, column)
-                              for column in ("base", "finetuned"))
-                if ends:  # the base's is the same with every seed
-                    cells += [mean_and_error(base[:1]), mean_and_error(ends)]
-            rows += [[", ".join(run), prompts, str(len(ends)), *cells]] if ends else []
-    return table(header, rows)
+            for term in (*claim.terms, OBJECTIVE):  # the base's is the same with every seed
+                cells += [mean_and_error(evaluated(folders, prompts, term, "base")[:1]),
+                          mean_and_error(evaluated(folders, prompts, term))]
+            cells.append(mean_and_error(evaluated(folders, prompts, "kl"), 4))
+            num_ends = len(evaluated(folders, prompts, claim.terms[0]))
+            rows += [[", ".join(run), prompts, str(num_ends), *cells]] if num_ends else []
+    if any(row[-1] for row in rows):
+        return table([*header, "objective: base", "finetuned", "kl"], rows)
+    return table(header, [row[:-3] for row in rows])
+
+
+def base_table(claim: Claim) -> str:
+    """The base alone at every guidance, mean and error over prompts."""
+    header, rows = ["guidance", f"prompts x {claim.world.samples}", *claim.terms], []
+    for guidance, prompts in itertools.product(GUIDANCES, claim.world.prompts.split(",")):
+        name = f"{claim.world_name}/base-guidance-{guidance}"
+        if (file := LOGS / name / evaluation_of(prompts)).exists():
+            found = [json.loads(file.read_text())["results"][term]["base"] for term in claim.terms]
+            rows.append([guidance, prompts, *(f"{of['mean']:.3f} ± {of['standard_error']:.3f}"
+                                              for of in found)])
+    return f"The base alone; ± is over prompts here.\n\n{table(header, rows)}" if rows else ""
 
 
 def has_curves(method: str) -> bool:
@@ -291,8 +463,38 @@ def curves_table(claim: Claim) -> str:
                 row += [mean_and_error([curve[0] for curve in curves]),
                         mean_and_error([curve[-1] for curve in curves]),
                         f"{max(max(curve) - curve[-1] for curve in curves):.3f}"]
-            rows.append(row)
+            has_kl = read(folders[0])[0]["kl"] is not None
+            kls = [fifths(read(folder), "kl")[-1] for folder in folders] if has_kl else []
+            rows.append([*row, mean_and_error(kls)])
+    return table([*header, "kl: last fifth"], rows)
+
+
+def explained_table(claim: Claim) -> str:
+    """How much of the reward differences the log ratios explain, from fifth to fifth."""
+    header = ["method, learning rate", "seed", "explained variance in each fifth"]
+    rows = [[", ".join(run), folder.name[-1], ", ".join(
+                f"{value:.3f}" for value in fifths(read(folder), "explained_variance"))]
+            for run, folders in runs_of(claim).items() for folder in folders]
     return table(header, rows)
+
+
+def predictions_table() -> str:
+    """Which were seen. A seed counts when all logs are there that a prediction needs."""
+    rows = []
+    for name, text, figure_of, counted, low, high in PREDICTIONS:
+        figures = {}
+        for seed in CLAIMS[name].seeds.split(","):
+            with contextlib.suppress(LookupError):
+                figures[seed] = figure_of(Logs(CLAIMS[name], seed))
+        verdict = "not run yet"
+        if figures:
+            counting = COUNTED[counted](figures.values())
+            verdict = "seen" if all(low <= x <= high for x in counting) else "**not seen**"
+        bounds = (f"above {low}" if high == math.inf else f"below {high}" if low == -math.inf else
+                  f"{low} to {high}")
+        rows.append([name, text, f"{counted}: {bounds}", ", ".join(
+            f"{figure:.4f} ({seed})" for seed, figure in figures.items()), verdict])
+    return table(["claim", "figure", "predicted", "found (seed)", "so"], rows)
 
 
 def kinds_table(file: Path) -> str:
@@ -308,8 +510,8 @@ def kinds_table(file: Path) -> str:
 def online_passes_offline(claim: Claim) -> str:
     """The table of claim D."""
     rows = []
-    pairs = [(LOGS / name_of(claim.preset, method, rate, seed),
-              LOGS / name_of(claim.preset, "PRDP", rate, seed), rate, seed)
+    pairs = [(LOGS / name_of(claim.world_name, method, rate, seed),
+              LOGS / name_of(claim.world_name, "PRDP", rate, seed), rate, seed)
              for method, rate in runs_of(claim) if not has_curves(method)
              for seed in claim.seeds.split(",")]
     for offline, online, rate, seed in pairs:
@@ -327,7 +529,7 @@ def curves_lie_on_each_other(claim: Claim) -> str:
     """The table of claim F: the two methods, seed by seed."""
     rows = []
     for seed in claim.seeds.split(","):
-        folders = [LOGS / name_of(claim.preset, *run, seed) for run in runs_of(claim)]
+        folders = [LOGS / name_of(claim.world_name, *run, seed) for run in runs_of(claim)]
         if len(folders) == 2 and all(folder.exists() for folder in folders):
             curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
             gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
@@ -343,50 +545,79 @@ def report() -> None:
     text = """# The paper's claims in the small world
 
 Made by `python benchmarks/claims.py report` from the logs in this folder. What was expected, and
-how it was made fair, stands at the top of [claims.py](../claims.py). `clip` is the reward, `animal`
-and `all_right` are the judge's. ± is the standard error over seeds. The first table of a claim is
-of evaluations, the second of the samples that training drew. A fall is the difference between the
-best fifth of the epochs and the last, on the worst seed. Curves show the mean over seeds and their
-range; a dashed line is the mean of evaluations at the end of offline training. Pictures of samples
-are of one seed of each method.
+how it was made fair, stands at the top of [claims.py](../claims.py) and in
+[predictions.py](../predictions.py). `clip` is the reward, `animal` and `all_right` are the judge's.
+`kl` is in nats per latent element and step, and the objective is reward - kl_weight * kl; they
+are left out where they were not measured. ± is the standard error over training seeds. The first
+table of a claim is of evaluations, the second of the samples that training drew. A fall is the
+difference between the best fifth of the epochs and the last, on the worst seed. Curves show the
+mean over seeds and their range; a dashed line is the mean of evaluations at the end of offline
+training. Pictures of samples are of one seed of each method.
 
-## Learning rates
+## Predictions
 
-Mean reward over the last fifth of the epochs, seed 0.
+Those of the claims that came later, each with the figure that decides it, seed by seed. Rewards
+are of the last fifth of the epochs; gains, shares and, where no fifth is named, kl of evaluations.
 
 """
+    text += predictions_table()
+    text += "## Learning rates\n\nMean reward over the last fifth of the epochs, by seed.\n\n"
     rows = []
-    for preset, method in itertools.product(WORLDS, METHODS):
-        if METHODS[method][1] == method and (ends := sweep_ends(preset, method)):
-            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in RATES]
-            rows.append([preset, method, *cells])
-    text += table(["preset", "method", *RATES], rows)
+    for world, method, seed in itertools.product(WORLDS, METHODS, SWEEP_SEEDS):
+        if METHODS[method][1] == method and (ends := sweep_ends(world, method, seed)):
+            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in ALL_RATES]
+            rows.append([world, method, seed, *cells])
+    text += table(["world", "method", "seed", *ALL_RATES], rows)
+    for claim in CLAIMS.values():
+        sweep = replace(claim, seeds=",".join(SWEEP_SEEDS))
+        if claim.world.is_preset and runs_of(sweep):
+            text += (f"What decided the rate of {claim.world.title}: evaluations of the sweep.\n\n"
+                     f"{ends_table(sweep)}")
     text += "## Share of the reward's variance that lies between prompts\n\n"
-    for claim in (CLAIMS["A"], CLAIMS["B"]):
-        runs = [read(folder) for (method, _), folders in runs_of(claim).items()
-                for folder in folders if method == "PRDP"]
-        shares = {"the base's samples": [metrics[0]["between_prompt_variance"] for metrics in runs],
-                  "the last fifth of the epochs": [
-                      fifths(metrics, "between_prompt_variance")[-1] for metrics in runs]}
-        means = [f"{statistics.fmean(values):.2f} in {name}" for name, values in shares.items()]
-        text += (f"With --preset {claim.preset}, mean over PRDP's reported runs: "
-                 f"{', '.join(means)}.\n\n")
-    shown = {name: claim for name, claim in CLAIMS.items()
-             if len({method for method, _ in runs_of(claim)}) >= min(2, len(claim.methods))}
+    for world in ("demo", "demo-large"):
+        first, last = between_prompts(world)
+        text += (f"In {world}, mean over the reported runs of PRDP in A or B: {first:.2f} in the "
+                 f"base's samples, {last:.2f} in the last fifth of the epochs.\n\n")
+    shown = {name: claim for name, claim in CLAIMS.items() if is_shown(claim)}
     for name, claim in shown.items():
         draw([claim], LOGS / f"{name}.png")
-        text += f"## {name}\n\n{ends_table(claim)}{curves_table(claim)}"
+        text += f"## {name}\n\n{ends_table(claim)}"
+        text += base_table(claim) if claim.world.is_preset else ""
+        text += curves_table(claim)
         text += online_passes_offline(claim) if name == "D" else ""
         text += curves_lie_on_each_other(claim) if name == "F" else ""
+        text += explained_table(claim) if name == "R" else ""
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
-    if {"A", "B"} <= shown.keys():
-        draw([shown["A"], shown["B"]], LOGS / "A-and-B.png")
+    for first, second in (("A", "B"), ("A4", "B4")):
+        if {first, second} <= shown.keys():
+            draw([shown[first], shown[second]], LOGS / f"{first}-and-{second}.png")
+    if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
+        draw_gains(mechanism)
+        text += f"## Gain against share\n\n{draw_gains.__doc__}\n\n![gains](gains.png)\n\n"
     text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
     text += costs_table()
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
+
+
+def is_shown(claim: Claim) -> bool:
+    """Whether there is a run of a method that no other claim of the world has."""
+    shared = {method for other in CLAIMS.values() if other is not claim and
+              other.world_name == claim.world_name for method in other.methods}
+    return any(method not in shared for method, _ in runs_of(claim))
+
+
+def between_prompts(world: str) -> tuple[float, float]:
+    """The share of the reward's variance: in the base's samples and in the last fifth of PRDP's."""
+    claim = next(claim for claim in CLAIMS.values() if claim.world_name == world)
+    runs = [read(folder) for (method, _), folders in runs_of(claim).items()
+            for folder in folders if method == "PRDP"]
+    curves = [[metrics[0]["between_prompt_variance"],
+               fifths(metrics, "between_prompt_variance")[-1]] for metrics in runs]
+    first, last = map(statistics.fmean, zip(*curves, strict=True))
+    return first, last
 
 
 def costs_table() -> str:
@@ -394,8 +625,8 @@ def costs_table() -> str:
     had to wait. An epoch counts where it is first, and once for runs with the same beginning."""
     counted, rows = set(), []
     for name, claim in CLAIMS.items():
-        swept = [LOGS / name_of(claim.preset, method, rate, "0")
-                 for method in claim.methods for rate in RATES]
+        swept = [LOGS / name_of(claim.world_name, *run)
+                 for run in itertools.product(claim.methods, ALL_RATES, SWEEP_SEEDS)]
         reported = itertools.chain(*runs_of(claim).values())
         num_runs, hours = 0, 0
         for folder in sorted({folder for folder in (*swept, *reported) if folder.exists()}):
@@ -411,7 +642,8 @@ def costs_table() -> str:
 
 def draw(claims: list[Claim], file: Path) -> None:
     """A column for each claim: reward above, judge below, against images drawn; the mean over seeds
-    and their range. A method has one colour everywhere, and a line style for each of its rates."""
+    and their range. A method has one colour, and a line style for each of its rates."""
+    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
@@ -419,7 +651,7 @@ def draw(claims: list[Claim], file: Path) -> None:
         for (method, rate), folders in runs_of(claim).items():
             draw_method, lines = ((draw_curves, ("-", ":")) if has_curves(method) else
                                   (draw_ends, ("--", "-.")))
-            draw_method(claim, folders, column, color=f"C{list(METHODS).index(method)}",
+            draw_method(claim, folders, column, color=f"C{methods.index(method)}",
                         linestyle=lines[rates[method]], label=f"{method}, {rate}")
             rates[method] += 1
         for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
@@ -449,6 +681,34 @@ def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style
     for axes, term in zip(column, claim.curves.values(), strict=True):
         if ends := evaluated(folders, claim.world.prompts, term):
             axes.axhline(statistics.fmean(ends), **style)
+
+
+def draw_gains(claims: list[Claim]) -> None:
+    """A point is a run at level 0, 1, 3 or 10: its gain in the reward without the level (evaluation
+    on the last prompts) against the share s of the variance that lies between prompts, level
+    included. The formula: of the variance within a prompt an advantage has 1 / (1 - s) with
+    statistics of the batch, and B / (B - 1), whatever s is, with the other images of the prompt.
+    AdamW fixes the length of a step, so what a noisy step gains goes with the inverse of the root
+    of that (dashed, through the mean at level 0). At s = 1 / B (dotted) the two are equal."""
+    figure = Figure(figsize=(5 * len(claims), 3.5), layout="constrained")
+    for axes, claim in zip(figure.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
+        base = between_prompts(claim.world_name)[0]
+        shares, names = torch.linspace(base, 1, 200), []
+        batch = {"demo": "DDPO, batch statistics", "demo-large": "DDPO"}[claim.world_name]
+        for (method, _), folders in runs_of(claim).items():
+            gains = evaluated(folders, claim.world.prompts.split(",")[-1], "clip", "difference")
+            name, _, level = method.partition(", level ")
+            names += [] if name in names else [name]
+            color, odds = f"C{names.index(name)}", base / (1 - base) + float(level or 0) ** 2
+            axes.plot([odds / (1 + odds)] * len(gains), gains, "o", color=color)
+            if gains and not level:
+                left = ((1 - shares) / (1 - base)).sqrt() if name == batch else torch.ones(200)
+                axes.plot(shares, statistics.fmean(gains) * left, "--", color=color, label=name)
+        axes.axvline(1 / 6, color="grey", linestyle=":")
+        axes.set(title=claim.world.title, ylabel="gain in clip",
+                 xlabel="share of the reward's variance between prompts")
+        axes.legend()
+    figure.savefig(LOGS / "gains.png", dpi=100)
 
 
 def draw_samples(name: str) -> None:
@@ -494,26 +754,37 @@ def effective_number(kinds: Iterable[str | None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "run", "samples", "report"))
+    parser.add_argument("what", choices=("sweep", "run", "base", "samples", "report"))
     parser.add_argument("claim", nargs="?", choices=tuple(CLAIMS))
-    parser.add_argument("--seeds", help="of `run`, some of the claim's")
+    parser.add_argument("--seeds", help="some of the claim's; of `sweep`, any")
     parser.add_argument("--methods", help="some of the claim's, with semicolons between")
+    parser.add_argument("--rates", help="instead of the grid, or of what the sweep says")
     arguments = parser.parse_args()
     if arguments.what == "report":
         return report()
     if not arguments.claim:
         parser.error("which claim?")
+    claim = CLAIMS[arguments.claim]
     if arguments.what == "samples":
         return draw_samples(arguments.claim)
-    claim = CLAIMS[arguments.claim]
+    if arguments.what == "base":
+        return evaluate_base(claim)
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
-    if arguments.what == "sweep":
-        for rate, method in itertools.product(RATES, methods):
-            if METHODS[method][1] == method:
-                train(claim.preset, method, rate, "0")
-        return
-    for seed, method in itertools.product((arguments.seeds or claim.seeds).split(","), methods):
-        evaluate(claim, method, rate_of(claim.preset, method), seed)
+    given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
+    seeds = SWEEP_SEEDS if is_sweep else claim.seeds.split(",")
+    seeds = arguments.seeds.split(",") if arguments.seeds else seeds
+    for seed, method in itertools.product(seeds, methods):
+        if is_sweep and METHODS[method][1] == method:
+            rates = given or claim.world.rates
+        elif not is_sweep and seed in claim.seeds_of(method):
+            rates = given or rates_of(claim, method)
+        else:
+            continue
+        for rate in rates:
+            if is_sweep and not claim.world.is_preset:
+                train(claim.world_name, method, rate, seed)
+            else:
+                train_and_evaluate(claim, method, rate, seed)
 
 
 if __name__ == "__main__":

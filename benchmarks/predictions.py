@@ -1,0 +1,65 @@
+"""What should be seen of the later claims of claims.py, written before their runs.
+
+Each is a figure, how it is taken from a seed's logs (`of` is claims.Logs), which seeds count, and
+the least and the largest that was predicted. PRDP is at K = 4 in all of them but E2.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+INF = math.inf
+HELD = ("PRDP, JPEG, low rate, KL 300", "PRDP, JPEG, low rate, KL 1000")
+FREE = ("GRPO, 400 epochs", "RLOO, 400 epochs")
+PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
+    ("A4", "reward of PRDP less that of DDPO with as many images",
+     lambda of: of.lead("DDPO"), "every seed", 0, INF),
+    ("A4", "reward of PRDP less that of DDPO with as much time",
+     lambda of: of.lead("DDPO, 40 epochs"), "mean", -INF, 0),
+    ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4")[-1], "mean", 0.672, 0.678),
+    ("B4", "reward of PRDP less that of DDPO with as many images",
+     lambda of: of.lead("DDPO"), "every seed", 0, INF),
+    ("B4", "reward of PRDP less that of DDPO with as much time",
+     lambda of: of.lead("DDPO, 100 epochs"), "mean", -INF, 0),
+    ("C", "epochs by which PRDP collapses later with the norm clip alone than without any",
+     lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
+     of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
+    ("E2", "largest kl at weights of 300 and more",
+     lambda of: max(of.ends("kl", *HELD)), "mean", 0, 0.003),
+    ("E2", "smallest share of right animals there",
+     lambda of: min(of.ends("animal", *HELD)), "mean", 0.55, 1),
+    ("L", "reward of DDPO", lambda of: of.curve("DDPO, 400 epochs")[-1], "every seed", 0.69, INF),
+    ("L", "smaller kl of GRPO and RLOO",
+     lambda of: min(of.ends("kl", *FREE)), "every seed", 0.5, INF),
+    ("L", "larger fall of the reward of GRPO and RLOO",
+     lambda of: max(of.fall(method) for method in FREE), "one seed", 0.02, INF),
+    ("L", "smallest kl of PRDP in the last three fifths",
+     lambda of: min(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]), "every seed", 0.09, 0.13),
+    ("L", "largest kl of PRDP there", lambda of: max(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]),
+     "every seed", 0.09, 0.13),
+    ("M", "share of its gain that DDPO keeps at level 10, statistics of the batch",
+     lambda of: of.left("DDPO, batch statistics", 10), "mean", -INF, 0.2),
+    ("M", "the same with statistics of each prompt",
+     lambda of: of.left("DDPO", 10), "mean", 0.5, INF),
+    ("M-large", "share of its gain that DDPO keeps at level 1",
+     lambda of: of.left("DDPO", 1), "mean", 0.75, 1.05),
+    ("M-large", "the same at level 3", lambda of: of.left("DDPO", 3), "mean", 0.25, 0.55),
+    ("M-large", "the same at level 10", lambda of: of.left("DDPO", 10), "mean", -0.1, 0.2),
+    ("M-large", "gain of PRDP at level 10 less that at level 0",
+     lambda of: of.gain("PRDP, K = 4, level 10") - of.gain("PRDP, K = 4"), "mean", -0.01, 0.01),
+    ("R", "explained variance of online training",
+     lambda of: of.curve("PRDP, K = 4, KL 300", "explained_variance")[-1], "mean", 0.3, 1),
+    ("R", "least change of the objective from fifth to fifth",
+     lambda of: min(later - earlier for earlier, later in itertools.pairwise(
+         reward - 300 * kl for reward, kl in zip(
+             of.curve("PRDP, K = 4, KL 300"), of.curve("PRDP, K = 4, KL 300", "kl"),
+             strict=True))), "every seed", 0, INF),
+    ("P", "share of right animals", lambda of: of.ends("animal", "PRDP")[0], "mean", 0.96, 1),
+    ("P", "share of right animals less that of the base at its best guidance",
+     lambda of: of.above_base("animal"), "mean", 0, INF),
+    ("P", "objective less that of the base",
+     lambda of: of.ends("weighted sum - kl_weight * kl", "PRDP", column="difference")[0],
+     "every seed", 0, INF),
+    ("P-large", "share of unseen sentences with everything right, less that of the base at its "
+     "best guidance", lambda of: of.above_base("all_right"), "mean", 0.05, INF),
+]
