@@ -4,6 +4,7 @@
     python benchmarks/claims.py run A4         # at the best rate of each method, and its evaluation
     python benchmarks/claims.py base P         # the base alone at several guidance scales
     python benchmarks/claims.py samples A      # the end policies: a picture, and kinds
+    python benchmarks/claims.py before-after   # the README's picture, of the runs of P
     python benchmarks/claims.py report         # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
@@ -57,7 +58,7 @@ Said after the runs began. H's prediction was written after its first run. DDPO 
 epoch, PRDP 1 in A and B. A's best rate of DDPO is the highest of the grid, so a higher one may be
 better. E's methods have rates that were swept on another reward, M's on the reward without levels.
 D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
-the first half of H's (seed 0 of H, which has no evaluation, is there for the sweep of B alone), and
+the first half of H's (seed 0 of H is there for the sweep of B alone), and
 A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were
 begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep seed 0 has three
 rates. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
@@ -74,6 +75,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -711,6 +713,14 @@ def draw_gains(claims: list[Claim]) -> None:
     figure.savefig(LOGS / "gains.png", dpi=100)
 
 
+def load_run(folder: Path) -> tuple[prdp.Config, prdp.Models]:
+    """A run's end policy beside its base, and the flags of its evaluation."""
+    config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
+    models = prdp.load_models(config, torch.device("cpu"))
+    prdp.Run(str(folder)).load(models.policy.unet, {})
+    return config, models
+
+
 def draw_samples(name: str) -> None:
     """The claim's end policies: a picture of samples from the same prompts and noise, rows of each
     method, and how various the backgrounds and sizes are. It needs the runs themselves, which are
@@ -721,17 +731,44 @@ def draw_samples(name: str) -> None:
     if not (runs := [(run, folder) for run, folder in runs if folder.exists()]):
         raise ValueError(f"{RUNS} holds no run of claim {name}")
     for run, folder in runs:
-        config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
-        models = prdp.load_models(config, torch.device("cpu"))
-        prdp.Run(str(folder)).load(config, models.policy.unet)
+        config, models = load_run(folder)
         if not kinds:
             policies["base"] = models.reference
             kinds["base"] = [kinds_of(config, models, models.reference)]
         policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
         kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
-    prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
+    draw_grid(config, models, policies, prompts, 3, LOGS / f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
+
+
+def draw_before_after() -> None:
+    """The README's picture: the first reported run of --preset demo, an image of each prompt."""
+    config, models = load_run(RUNS / runs_of(CLAIMS["P"])["PRDP", "7e-5"][0].relative_to(LOGS))
+    (prompts,) = prdp.load_prompts(config.prompts, print).values()
+    policies = {"before": models.reference, "after": models.policy}
+    draw_grid(config, models, policies, prompts, 1, ROOT / "demo/before-after.png")
+
+
+def draw_grid(config: prdp.Config, models: prdp.Models, policies: dict[str, prdp.Policy],
+              prompts: list[str], count: int, file: Path) -> None:
+    """Eight prompts, spread over the list, by `count` images of each policy, all from one noise."""
+    indices = [column * len(prompts) // 8 for column in range(8)]
+    figure = Figure(figsize=(10.4, 1.4 * count * len(policies)), layout="constrained")
+    cells = figure.subplots(count * len(policies), 8)
+    for i, (label, policy) in enumerate(policies.items()):
+        latents = prdp.sample_for_evaluation(config, models, policy, prompts, indices, count)[1]
+        images = models.decode(latents[:, -1]).unflatten(0, (8, count))
+        for row, column in itertools.product(range(count), range(8)):
+            cell = cells[i * count + row, column]
+            cell.imshow(images[column, row].permute(1, 2, 0).numpy(), interpolation="bicubic")
+            cell.set(xticks=[], yticks=[])
+            if column == 0:
+                cell.set_ylabel(label)
+            if i == row == 0:
+                title = prompts[indices[column]].removeprefix("A painting of ")
+                cell.set_title(textwrap.fill(title, 18), fontsize=9)
+    figure.savefig(file, dpi=100)
 
 
 def kinds_of(config: prdp.Config, models: prdp.Models, policy: prdp.Policy) -> dict[str, float]:
@@ -754,7 +791,8 @@ def effective_number(kinds: Iterable[str | None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "run", "base", "samples", "report"))
+    parser.add_argument("what", choices=(
+        "sweep", "run", "base", "samples", "before-after", "report"))
     parser.add_argument("claim", nargs="?", choices=tuple(CLAIMS))
     parser.add_argument("--seeds", help="some of the claim's; of `sweep`, any")
     parser.add_argument("--methods", help="some of the claim's, with semicolons between")
@@ -762,6 +800,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "report":
         return report()
+    if arguments.what == "before-after":
+        return draw_before_after()
     if not arguments.claim:
         parser.error("which claim?")
     claim = CLAIMS[arguments.claim]
