@@ -738,22 +738,26 @@ def draw_samples(name: str) -> None:
         policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
         kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
-    draw_grid(config, models, policies, prompts, 3, LOGS / f"{name}-samples.png")
+    spread = [column * len(prompts) // 8 for column in range(8)]  # over the list
+    draw_grid(config, models, policies, prompts, spread, 3, LOGS / f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
 
 
 def draw_before_after() -> None:
-    """The README's picture: the first reported run of --preset demo, an image of each prompt."""
+    """The README's picture: the first reported run of --preset demo, and an image of each of the
+    eight prompts whose animal the judge finds least often in the base's samples."""
     config, models = load_run(RUNS / runs_of(CLAIMS["P"])["PRDP", "7e-5"][0].relative_to(LOGS))
     (prompts,) = prdp.load_prompts(config.prompts, print).values()
+    scores = prdp.score_prompts(config, models, models.reference, prompts)  # (45, R + 3)
+    animal = scores[:, list(models.reward.weights).index("animal")]
     policies = {"before": models.reference, "after": models.policy}
-    draw_grid(config, models, policies, prompts, 1, ROOT / "demo/before-after.png")
+    draw_grid(config, models, policies, prompts, animal.argsort(stable=True)[:8].tolist(), 1,
+              ROOT / "demo/before-after.png")
 
 
 def draw_grid(config: prdp.Config, models: prdp.Models, policies: dict[str, prdp.Policy],
-              prompts: list[str], count: int, file: Path) -> None:
-    """Eight prompts, spread over the list, by `count` images of each policy, all from one noise."""
-    indices = [column * len(prompts) // 8 for column in range(8)]
+              prompts: list[str], indices: list[int], count: int, file: Path) -> None:
+    """`count` images by each policy of each of eight prompts, all policies from the same noise."""
     figure = Figure(figsize=(10.4, 1.4 * count * len(policies)), layout="constrained")
     cells = figure.subplots(count * len(policies), 8)
     for i, (label, policy) in enumerate(policies.items()):
