@@ -78,14 +78,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import fill
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch.distributions import Categorical
-from torchvision.utils import make_grid
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -726,25 +723,14 @@ def draw_samples(name: str) -> None:
     for run, folder in runs:
         config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
         models = prdp.load_models(config, torch.device("cpu"))
-        weights = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
-        models.policy.unet.load_state_dict(weights)
+        prdp.Run(str(folder)).load(config, models.policy.unet)
         if not kinds:
             policies["base"] = models.reference
             kinds["base"] = [kinds_of(config, models, models.reference)]
         policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
         kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
-    prompts = prompts[:: max(1, len(prompts) // 8)][:8]
-    figure = Figure(figsize=(10, 4.3 * len(policies)), layout="constrained")
-    rows = figure.subplots(len(policies), squeeze=False)[:, 0]
-    for axes, (label, policy) in zip(rows, policies.items(), strict=True):
-        _, latents, _ = prdp.sample_for_evaluation(config, models, policy, prompts,
-                                                   range(len(prompts)), 3)
-        images = models.decode(latents[:, -1]).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        axes.imshow(make_grid(images, len(prompts), padding=2).permute(1, 2, 0).numpy())
-        axes.set(yticks=[], ylabel=label, xticks=[34 + 66 * i for i in range(len(prompts))])
-        axes.set_xticklabels([fill(prompt, 18) for prompt in prompts], fontsize=7)
-    figure.savefig(LOGS / f"{name}-samples.png", dpi=100)
+    prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
 
 
