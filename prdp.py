@@ -675,7 +675,6 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- §7 Runs on disk
-
 # Flags that may differ from those a run was begun with.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
               "evaluate", "samples_per_prompt"}
@@ -961,8 +960,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if min(config.num_steps, config.images_per_prompt + (config.objective == "ddpo")) < 2:
         fail("--num_steps and --images_per_prompt must be at least 2, as a pair takes two images")
     for name, value in asdict(config).items():
-        if value == "" or type(value) in (int, float) and not value >= 0:
-            fail(f"--{name} {value}: must not be negative or empty")
+        least = int(type(value) is int and name not in ("seed", "tracker_size", "lora_rank"))
+        if value == "" or type(value) in (int, float) and not value >= least:
+            fail(f"--{name} {value}: must not be empty, and a number at least {least}")
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
     name = "base" if config.evaluate else "+".join(names)
     config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
