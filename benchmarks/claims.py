@@ -731,25 +731,15 @@ def draw_samples(name: str) -> None:
     if not (runs := [(run, folder) for run, folder in runs if folder.exists()]):
         raise ValueError(f"{RUNS} holds no run of claim {name}")
     for run, folder in runs:
-<<<<<<< HEAD
         config, models = load_run(folder)
-=======
-        config = prdp.parse_config(["--evaluate", str(folder), "--seed", "1000"])
-        models = prdp.load_models(config, torch.device("cpu"))
-        prdp.Run(str(folder)).load(config, models.policy.unet)
->>>>>>> h-claims
         if not kinds:
             policies["base"] = models.reference
             kinds["base"] = [kinds_of(config, models, models.reference)]
         policies.setdefault("\n".join(run).replace(", ", "\n"), models.policy)
         kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
-<<<<<<< HEAD
     spread = [column * len(prompts) // 8 for column in range(8)]  # over the list
     draw_grid(config, models, policies, prompts, spread, 3, LOGS / f"{name}-samples.png")
-=======
-    prdp.save_grid(config, models, policies, prompts, prdp.Run(str(LOGS)), f"{name}-samples.png")
->>>>>>> h-claims
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
 
 
