@@ -30,7 +30,8 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
             the loss and its gradient at every log-prob         update_policy: prdp_loss
-            backward through the UNet from there; AdamW         update_policy: backward_log_probs
+            backward through the UNet from there                update_policy: backward_log_probs
+            a step of AdamW                                     update_policy
 
 In general T Gaussian steps of fixed variance only approach the optimum: in a one-dimensional
 diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for T = 5, 20, 50.
@@ -41,16 +42,15 @@ Deviations from the paper
  2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
  3. Rewards are float32, of images rounded to 8 bits, and log-probs are averaged in float64.
- 4. Where all rewards of a prompt tie, its loss is 0 (the paper has a mean over nothing). An update
-    without any gradient is skipped.
- 5. An epoch's prompts are picked without replacement (Algorithm 1 picks them independently).
- 6. On a GPU the UNet computes in bf16 at K = 1, in TF32 at K > 1. Other networks are in TF32.
+ 4. A prompt whose rewards all tie has loss 0, not a mean over nothing. No gradient, no update.
+ 5. An epoch's N prompts differ if there are N of them (Algorithm 1 picks them independently).
+ 6. On a GPU the UNet is in bf16 at K = 1, in TF32 at K > 1, the VAE and text encoder in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
 At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
 of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
-REINFORCE with a leave-one-out baseline (--objective rloo) and a KL reward. What PRDP adds: its
-target is the optimum of reward minus KL, and for K > 1 its updates are proximal.
+REINFORCE with a leave-one-out baseline and a KL reward. --objective rloo is that without the KL.
+For K > 1 PRDP's updates are its own: a proximal regression.
 """
 
 import contextlib
@@ -221,7 +221,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     latents = noise.to(prompt_embeds.device, copy=True)
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "sampling"):
-        x, embeds = latents[images], prompt_embeds[images]  # x is a view, (p, T+1, C, H, W)
+        x, embeds = latents[images], prompt_embeds[images]  # x is a view, and noise at first
         for i, t in enumerate(policy.scheduler.timesteps):
             mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
             x[:, i + 1] = mean + std * x[:, i + 1]
@@ -235,7 +235,7 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     """log pi(x_{t-1} | x_t, c) at every step of recorded trajectories, without a graph.
 
     prompt_embeds: (P, L, F); latents: (P, T+1, C, H, W). Returns (P, T) float64, nats per latent
-    element; bit for bit those of sampling, if this policy sampled the trajectories.
+    element; bit for bit those of sampling, if this policy sampled them in such micro-batches.
     """
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
@@ -262,7 +262,7 @@ def pair_differences(values: Tensor) -> Tensor:
 
 def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor,
               clip_range: float, kl_weight: float) -> Tensor:
-    """Squared error of predicted against true reward differences, proximal (Appendix G).
+    """Squared error of log-ratio differences against reward differences / beta (Appendix G).
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
     policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
@@ -280,7 +280,7 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     reward_diffs = pair_differences(rewards.to(log_ratios))
     target_diffs = reward_diffs / kl_weight
 
-    # The larger of the two bounds the plain loss from above, as in PPO (Eq. 18).
+    # The maximum is an upper bound of the plain loss, as in PPO (Eq. 18).
     loss = torch.maximum((log_ratio_diffs - target_diffs) ** 2,
                          (clipped_log_ratio_diffs - target_diffs) ** 2)
     is_pair = reward_diffs > 0  # each unordered pair once, ties left out
@@ -303,8 +303,8 @@ def ppo_loss(log_probs: Tensor, log_probs_old: Tensor, advantages: Tensor,
 
 def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list[float]],
                     tracker_size: int) -> Tensor:
-    """Rewards normalised by the statistics of their prompt's newest rewards, this epoch's included,
-    once tracker_size / 2 of these are there; until then by those of the whole epoch.
+    """Rewards normalised by their prompt's newest rewards, this epoch's included, if at least
+    tracker_size / 2 of them are known, else by the rewards of the whole epoch.
 
     rewards: (N, B) of all processes; prompts: N; history: prompt -> its newest rewards, at most
     tracker_size, to which this first adds the epoch's. Returns (N, B) float64 in [-10, 10].
@@ -337,7 +337,7 @@ def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
     return (rewards - sample.mean(-1, keepdim=True)) / (std + 1e-6)
 
 
-# The baselines, by what their advantages are. Any other objective is a regression, as PRDP is.
+# The baselines and their advantages. An objective that is not here is a regression, as prdp is.
 POLICY_GRADIENTS = {"ddpo": ddpo_advantages, "grpo": grpo_advantages, "rloo": rloo_advantages}
 
 
@@ -376,7 +376,7 @@ def run_epoch(config: Config, models: "Models", optimizer: torch.optim.Optimizer
 
 def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: int,
                   history: dict[str, list[float]]) -> Trajectories:
-    """First half of Algorithm 1: pick N prompts, sample B trajectories of each, score the images.
+    """First half of Algorithm 1: N prompts, B trajectories of each, pi_ref's log-probs, rewards.
     Prompts and noise depend on seed, epoch, indices and step alone, not on the processes."""
     N, B, size = config.prompts_per_epoch, config.images_per_prompt, config.micro_batch_size
     key = f"{config.seed}/{epoch}"
@@ -392,8 +392,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         embeds = models.encode_prompts([epoch_prompts[i] for i in mine])  # (n, L, F)
         embeds = embeds.repeat_interleave(B, 0)  # (P, L, F)
         unet = copy.deepcopy(models.reference.unet).to(embeds.device)
-        reference = replace(models.reference, unet=unet)  # leaves the GPU with this function
-        # An outer autocast lets the inner ones keep weights in bf16 from step to step.
+        reference = replace(models.reference, unet=unet)  # freed when this function ends
+        # An outer autocast keeps the weights that inner ones have cast to bf16, for all steps.
         with torch.autocast(embeds.device.type, torch.bfloat16, models.policy.is_bf16):
             if config.offline:
                 latents, log_probs_ref = sample_trajectories(reference, embeds, noise, size)
@@ -419,7 +419,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
 
 def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimizer,
                   trajectories: Trajectories) -> dict[str, float]:
-    """Second half of Algorithm 1: K updates, each over all pairs of all prompts.
+    """Second half of Algorithm 1: K updates, each over all pairs of all prompts of its batch.
 
     The loss couples all T steps and B images of a prompt, yet its graph must not grow with them. So
     (1) all log-probs without a graph; (2) the loss and its gradient on that small tensor; (3) for
@@ -430,10 +430,10 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
     weights = [w for group in optimizer.param_groups for w in group["params"]]  # those that learn
     for k, batch in enumerate(batches_of_updates(config, trajectories)):
         old = batch.log_probs_old  # (n, B, T)
-        log_probs = old.clone()  # before the first update the policy still is the old one
+        log_probs = old.clone()  # (1); before the first update the policy still is the old one
         if k > 0:
             log_probs = trajectory_log_probs(policy, batch.prompt_embeds, batch.latents, size)
-            log_probs = log_probs.view_as(old)  # (1)
+            log_probs = log_probs.view_as(old)
         loss = objective_loss(config, log_probs.requires_grad_(), batch)
         (grad,) = torch.autograd.grad(loss, log_probs)  # (2), (n, B, T)
         backward_log_probs(policy, batch, grad.flatten(0, 1), size)  # (3)
@@ -459,7 +459,7 @@ def batches_of_updates(config: Config, trajectories: Trajectories) -> list[Traje
     if config.objective not in POLICY_GRADIENTS:
         return [trajectories] * K
     parts = {name: values.chunk(K) for name, values in vars(trajectories).items()
-             if isinstance(values, Tensor)}  # first are n or n * B, and `train` sees that K | n
+             if isinstance(values, Tensor)}  # of n or n * B; n is a multiple of K, see `train`
     return [replace(trajectories, **{name: values[k] for name, values in parts.items()})
             for k in range(K)]
 
@@ -482,7 +482,7 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics over all processes (times are rank 0's), of the policy before updating."""
+    """An epoch's metrics, of the policy before updates; times and memory are rank 0's."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
                "pairless_prompts": (rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
@@ -675,7 +675,6 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- §7 Runs on disk
-
 # Flags that may differ from those a run was begun with.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
               "evaluate", "samples_per_prompt"}
@@ -961,8 +960,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if min(config.num_steps, config.images_per_prompt + (config.objective == "ddpo")) < 2:
         fail("--num_steps and --images_per_prompt must be at least 2, as a pair takes two images")
     for name, value in asdict(config).items():
-        if value == "" or type(value) in (int, float) and not value >= 0:
-            fail(f"--{name} {value}: must not be negative or empty")
+        least = int(type(value) is int and name not in ("seed", "tracker_size", "lora_rank"))
+        if value == "" or type(value) in (int, float) and not value >= least:
+            fail(f"--{name} {value}: must not be empty, and a number at least {least}")
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
     name = "base" if config.evaluate else "+".join(names)
     config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
