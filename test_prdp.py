@@ -61,6 +61,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.distributions import Normal
 from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import prdp
@@ -273,6 +274,14 @@ def test_guidance_is_linear_between_the_two_predictions(demo_models):
             torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_noise_is_standard_normal_and_a_function_of_its_key():
+    noise = torch.stack([prdp.make_noise(f"{i}", 9, (4, 8, 8)) for i in range(40)])
+    assert noise.shape == (40, 10, 4, 8, 8) and len(noise.unique(dim=0)) == 40
+    assert torch.equal(prdp.make_noise("7", 9, (4, 8, 8)), noise[7])
+    moments = [(noise**power).mean().item() for power in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.1)
+
+
 # -------------------------------------------------------------------------------- §3 The objective
 
 def plain_loop_loss(log_probs, old, ref, rewards, clip_range, kl_weight):
@@ -448,9 +457,13 @@ def test_an_update_of_a_policy_gradient_takes_its_part_of_the_prompts(images, up
     expected = prdp.ppo_loss(torch.cat(moved), whole.log_probs_old, whole.advantages,
                              config.clip_range)
     torch.testing.assert_close(torch.stack(losses).mean(), expected)
+    losses = set()
     for regression in ("prdp", "a fork's"):  # takes all pairs in every update
-        batches = prdp.batches_of_updates(replace(config, objective=regression), whole)
+        config = replace(config, objective=regression)
+        batches = prdp.batches_of_updates(config, whole)
         assert len(batches) == updates and all(batch is whole for batch in batches)
+        losses.add(prdp.objective_loss(config, whole.log_probs_old, whole).item())
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize("objective", ["prdp", "grpo"])
@@ -985,6 +998,44 @@ def test_a_run_made_with_other_flags_is_refused_and_kept(finished):
     assert before == {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
 
 
+def test_a_run_whose_prompts_model_or_reward_changed_is_refused_by_name(tmp_path, monkeypatch,
+                                                                       capsys, demo_models):
+    """Under the same flags; a reward that is never the same twice is only told of."""
+    file, clip = tmp_path / "mine.py", shutil.copytree("demo/clip", tmp_path / "clip")
+    spec = f"{file}:red,{file}:chance=0,clip:{clip}=0"
+    config = prdp.parse_config(demo_flags(tmp_path / "run", "--num_epochs", "1", "--reward", spec))
+
+    def begin_or_go_on(factor=1):
+        file.write_text("import torch\ndef chance(images, _): return torch.rand(len(images))\n"
+                        f"def red(images, _): return {factor} * images[:, 0].mean((1, 2))\n")
+        demo_models.reward = load_reward(spec, CPU)
+        prdp.train(config, CPU)
+
+    def is_refused(name, *factor):
+        with pytest.raises(prdp.UserError, match=re.escape(f"was made with --{name} ")):
+            begin_or_go_on(*factor)
+
+    monkeypatch.setattr(prdp, "load_models", lambda config, device: demo_models)
+    begin_or_go_on()
+    begin_or_go_on(1.0001)  # as another machine may round it
+    assert "--reward chance scores one image differently each" in capsys.readouterr().out
+    is_refused("reward red (score of noise)", 1.01)
+    pipeline = demo_models.pipeline
+    for network in (demo_models.reference.unet, pipeline.vae, pipeline.text_encoder):
+        weight = next(network.parameters())
+        weight.data = weight.data.flip(0)
+        is_refused("model (hash)")
+        weight.data = weight.data.flip(0)
+    content = safetensors.torch.load_file(clip / "model.safetensors")
+    flipped = content | {"visual_projection.weight": -content["visual_projection.weight"]}
+    safetensors.torch.save_file(flipped, clip / "model.safetensors", {"format": "pt"})
+    is_refused("reward clip (score of noise)")
+    safetensors.torch.save_file(content, clip / "model.safetensors", {"format": "pt"})
+    begin_or_go_on()
+    (tmp_path / "two.txt").write_text("\n".join(reversed(CAT_AND_BAT)))
+    is_refused("prompts (hash)")
+
+
 def test_a_damaged_checkpoint_or_one_with_code_in_it_is_refused_by_name(tmp_path):
     """Or it was not harmed."""
     run, rng, expected = prdp.Run(str(tmp_path)), random.Random(0), {"weight": torch.randn(40, 40)}
@@ -1096,36 +1147,49 @@ def test_prompts_that_processes_and_updates_cannot_share_are_refused(monkeypatch
 
 # ----------------------------------------------------------------------------------- §9 Evaluation
 
-def test_evaluate_compares_a_run_with_its_base_on_the_same_noise(finished, tmp_path, capsys):
+def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     run = prdp.Run(str(shutil.copytree(finished, tmp_path / "run")))
-    of_run = ["--evaluate", str(run.folder), "--samples_per_prompt", "3"]
-    of_base = [*DEMO, "--evaluate", "base", "--samples_per_prompt", "3", "--run_dir",
-               str(tmp_path / "base"), "--prompts", str(finished.parent / "two.txt")]
+    config = prdp.parse_config(["--evaluate", str(run.folder), "--samples_per_prompt", "3"])
+    prdp.evaluate(config, CPU)
+    results = json.loads((run.folder / "evaluation-two.json").read_text())["results"]
+    assert Image.open(run.folder / "evaluation-two.png").size == (326, 974)
 
-    def evaluate(flags):
-        config = prdp.parse_config(flags)
-        prdp.evaluate(config, CPU)
-        file = Path(config.run_dir, "evaluation-two.json")
-        assert file.with_suffix(".png").exists() and "clip" in capsys.readouterr().out
-        return json.loads(file.read_text())["results"]["clip"]
+    models = prdp.load_models(config, CPU)
+    run.load(models.policy.unet, {})
+    (T, policies), values = (config.num_steps, (models.reference, models.policy)), {}
+    for policy, (i, prompt) in itertools.product(policies, enumerate(CAT_AND_BAT)):
+        embeds, images = models.encode_prompts([prompt]), []
+        for j in range(3):
+            noise, kl = prdp.make_noise(f"0/evaluate/{i}/{j}", T, models.latent_shape)[:, None], 0
+            x = noise[0]
+            for t, of_step in zip(policy.scheduler.timesteps[:, None], noise[1:], strict=True):
+                now, ref = (Normal(*of.mean_std(x, t, embeds)) for of in (policy, models.reference))
+                x = now.mean + now.stddev * of_step
+                kl += (now.log_prob(x) - ref.log_prob(x)).mean().item() / T
+            clip = models.score(x, [prompt], 1)["clip"].item()
+            images.append((clip, clip, kl, clip - config.kl_weight * kl))
+        values[policy is models.policy, i] = [*map(statistics.fmean, zip(*images, strict=True))]
 
-    learned = evaluate(of_run)
-    assert learned["difference"]["mean"] != 0 and learned["base"] == evaluate(of_base)["base"]
-    base = load_pipeline("demo/model").unet.state_dict()
-    run.save(**torch.load(run.checkpoint) | {"weights": base})  # finetuned = base
-    same = evaluate(of_run)
-    assert same["difference"] == {"mean": 0, "standard_error": 0} and same["better"]["mean"] == 0
-    assert same["base"] == same["finetuned"] == learned["base"]
+    assert len(results) == 4
+    for row, name in enumerate(results):
+        columns = {"base": [values[False, i][row] for i in range(2)],
+                   "finetuned": [values[True, i][row] for i in range(2)]}
+        columns["difference"] = [b - a for a, b in zip(*columns.values(), strict=True)]
+        columns["better"] = [float(gain > 0) for gain in columns["difference"]]
+        for column, of_prompts in columns.items():
+            expected = dict(mean=statistics.fmean(of_prompts),
+                            standard_error=statistics.stdev(of_prompts) / math.sqrt(2))
+            assert results[name][column] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+    assert results["kl"]["base"]["mean"] == 0 < results["kl"]["finetuned"]["mean"]
 
-    config = prdp.parse_config(of_run)
-    models, scores = prdp.load_models(config, CPU), torch.zeros(2)
-    for index, prompt in enumerate(CAT_AND_BAT):
-        _, latents, _ = prdp.sample_for_evaluation(config, models, models.policy, CAT_AND_BAT,
-                                                   [index], 3)
-        scores[index] = models.score(latents[:, -1], [prompt] * 3, 8)["clip"].mean()
-    error = scores.std() / math.sqrt(2)
-    assert same["base"]["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
-    assert same["base"]["standard_error"] == pytest.approx(error.item(), abs=1e-5)
+    capsys.readouterr()
+    (tmp_path / "one.txt").write_text(CAT_AND_BAT[0])
+    flags = ["--evaluate", "base", "--run_dir", str(tmp_path), "--samples_per_prompt", "3"]
+    prdp.evaluate(prdp.parse_config([*DEMO, *flags, "--prompts", f"{tmp_path}/one.txt"]), CPU)
+    assert f"base {values[False, 0][0]:.4f}\n" in (told := capsys.readouterr().out)
+    assert "nan" not in told  # as the standard error over one prompt is
+    results = json.loads((tmp_path / "evaluation-one.json").read_text())["results"]
+    assert results["clip"]["base"]["standard_error"] is None
 
 
 # ------------------------------------------------------------------------------ §10 Flags and main
