@@ -403,21 +403,22 @@ class Count(TorchDispatchMode):
     number for each query, and no matrix of queries by keys. Autocast leaves norms in bf16 on a CPU
     and has them in float32 on a GPU, so here they are told to be in float32.
     """
-    for name in ("group_norm", "layer_norm"):
-        torch.library.register_autocast(f"aten::{name}", "cpu", torch.float32)
 
     def __init__(self):
         super().__init__()
-        self.device, self.fake = torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True)
+        self.device, self.modes = torch.device("cpu"), contextlib.ExitStack()
         self.now, self.peak, self.alive = 0, 0, set()
 
     def __enter__(self):
-        self.fake.__enter__()
+        self.modes.enter_context(FakeTensorMode())
+        library = self.modes.enter_context(torch.library._scoped_library("aten", "FRAGMENT"))
+        for name in ("group_norm", "layer_norm"):
+            torch.library.register_autocast(f"aten::{name}", "cpu", torch.float32, lib=library)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.fake.__exit__(*error)
+        self.modes.close()
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         result = operator(*arguments, **(options or {}))
@@ -479,7 +480,7 @@ def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpoint
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**shape["unet"]).eval()
-        unet.requires_grad_(not lora_rank)
+        unet.to(memory_format=torch.channels_last).requires_grad_(not lora_rank)
         if lora_rank:
             unet.add_adapter(peft.LoraConfig(r=lora_rank, target_modules=[
                 "to_q", "to_k", "to_v", "to_out.0"]))
@@ -488,7 +489,8 @@ def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpoint
     with memory, torch.device(memory.device):
         for layer in unet.modules():
             for name, weight in list(layer.named_parameters(recurse=False)):
-                weight = torch.nn.Parameter(torch.zeros(weight.shape), weight.requires_grad)
+                zeros = torch.empty_strided(weight.shape, weight.stride()).zero_()
+                weight = torch.nn.Parameter(zeros, weight.requires_grad)
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
                 setattr(layer, name, weight)
         scheduler = DDIMScheduler(**SCHEDULE)
