@@ -918,10 +918,10 @@ DEMO = dict(  # its judge is only logged
     kl_weight=0.3, clip_range=1e-4, guidance_scale=3.0, learning_rate=7e-5, micro_batch_size=64,
     save_every=1)
 PRESETS = {
-    "small": {}, "multi": MULTI,
+    "small": {}, "multi": MULTI, "demo": DEMO,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
-    "demo": DEMO,
-    "demo-large": DEMO | dict(prompts="emoji", num_epochs=24),
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=40, guidance_scale=1.5, kl_weight=1.0,
+                              learning_rate=1e-4),
 }
 # A baseline's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
 # instead of B images of N: 512 prompts in the paper's settings.

@@ -1578,18 +1578,28 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
 def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     speed = importlib.import_module("speed")
-    reports = {}
-    monkeypatch.setattr(speed, "report", lambda part, rows, **_: reports.update({part: rows}))
+    files = {}
+    monkeypatch.setattr(speed, "write_json", lambda part, **content: files.update({part: content}))
     for size in ("PROMPTS", "IMAGES", "STEPS"):
         monkeypatch.setattr(speed, size, 2)
+    monkeypatch.setattr(speed, "MICRO_BATCHES", (1,))
+    monkeypatch.setattr(speed, "SETTINGS", [(16, True, True)])
     phases = dict.fromkeys(("seconds_sampling", "seconds_scoring", "seconds_updating"), 1.0)
-    monkeypatch.setattr(speed, "run_prdp", lambda *flags, **_: [phases | {"peak_gib": 1.0}] * 2)
+    monkeypatch.setattr(speed, "run_prdp", lambda *flags, **_: [phases] * 2)
     for part in (speed.floor, speed.allreduce, speed.world):
         part(rounds=1)
     speed.skip(updates=2)
-    speed.memory()
-    assert reports.keys() == {"floor", "skip", "allreduce", "memory", "world"}
-    assert reports["skip"][0]["relative difference of gradients"] < 1e-4
+    speed.gpu(tiny=True)
+    assert files.keys() == {"floor", "skip", "allreduce", "world", "memory-tiny", "gpu-tiny"}
+    assert files["skip"]["rows"][0]["relative difference of gradients"] < 1e-4
+    on_gpu = files["gpu-tiny"]
+    assert [row["largest log ratio before the first update"] for row in on_gpu["log ratios"]] == [
+        0, 0, 0]
+    assert all("epoch" in row for row in on_gpu["epochs"])  # what fails has a note instead
+    with speed.Count() as count:
+        kept = torch.zeros(1000)  # 4000 bytes take 4096
+        kept.add(1).sum()  # for a moment as many again, and 512
+    assert (count.now, count.peak) == (4096, 2 * 4096 + 512)
 
 
 def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):

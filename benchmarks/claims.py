@@ -36,7 +36,7 @@ D  PRDP on samples of its own against samples of the base model (Fig. 7): online
 E  A reward that does not read the prompt, the smallness of the picture's JPEG (Fig. 8, 10): DDPO
    gains the most reward and the judge finds ever fewer animals. The larger PRDP's KL weight, the
    less reward and the more animals. The middle weight, 3, is to the spread of this reward within a
-   prompt (0.54 in the base's samples) what the preset's 1 is to that of its own (0.18).
+   prompt (0.54 in the base's samples) what A's 1 is to that of its own (0.18).
 F  At K = 1 and with hardly any KL, PRDP is RLOO: GRPO without division by the standard deviation.
    The curves lie on each other. Gradients are not clipped here, as the two losses differ in scale.
 G  A's PRDP for five times its epochs: no fall.

@@ -1,22 +1,26 @@
-"""How fast prdp.py is: beside TRL's DDPOTrainer, beside bare UNet calls, and on a GPU.
+"""How fast prdp.py is, and how much memory it takes.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py peer     # the same images and steps, alternately with TRL 0.23.1
     python benchmarks/speed.py floor    # against as many UNet calls and nothing else; by phase
     python benchmarks/speed.py skip     # what leaving out clipped entries saves at K = 10
-    python benchmarks/speed.py memory   # peak against the number of steps
     python benchmarks/speed.py world    # two processes of a thread against one of two
     torchrun --nproc_per_node=2 benchmarks/speed.py allreduce   # its share of an epoch
-    python benchmarks/speed.py gpu      # Stable Diffusion v1.4's shape, random weights
+    python benchmarks/speed.py memory   # a GPU's memory, counted without one and checked with one
+    python benchmarks/speed.py gpu      # all that only a GPU can tell, in at most 15 minutes
+    python benchmarks/speed.py full_size FOLDER   # Stable Diffusion v1.4 and HPSv2, random weights
 
-Each prints a table and writes benchmarks/speed-PART.json. The CPU parts use the demo's model (a
-UNet of 2.2 million weights, latents of 8 x 8), 64 images of 10 guided steps, and two threads.
-Times are medians over rounds in which all that is compared takes its turn.
+Each prints a table and writes benchmarks/speed-PART.json. The parts up to allreduce compare on the
+CPU, with the demo's model (a UNet of 2.2 million weights, latents of 8 x 8), 64 images of 10 guided
+steps, and two threads. The last three have Stable Diffusion v1.4's shape; --tiny rehearses them on
+a CPU with a small one. Times are medians over rounds in which all that is compared takes its turn.
 """
 
+import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import os
 import platform
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +37,34 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if sys.argv[1:] != ["gpu"]:
+if not {"gpu", "memory"} & set(sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other parts compare on the CPU
 
 import torch  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import prdp  # noqa: E402
-from rewards import Reward  # noqa: E402
+from prompts.sets import explain  # noqa: E402
 
-CPU = torch.device("cpu")
 PROMPTS, IMAGES, STEPS, GUIDANCE = 8, 8, 10, 5.0
-BRIGHTNESS = Reward({"brightness": lambda images, prompts: images.float().mean((1, 2, 3))},
-                    {"brightness": 1.0})
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GIB = 2**30
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    """A reward that costs nothing."""
+    return images.float().mean((1, 2, 3))
 
 
 def median_seconds(tasks: dict[str, Callable[[], dict[str, float] | None]],
@@ -63,46 +83,63 @@ def median_seconds(tasks: dict[str, Callable[[], dict[str, float] | None]],
             for name, parts in seconds.items()}
 
 
-def report(part: str, rows: list[dict], **settings) -> None:
-    """A table of the rows, and benchmarks/speed-PART.json."""
+def print_table(title: str, rows: list[dict]) -> None:
+    """In Markdown."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    print(f"\n{part}: {settings}\n" + " | ".join(columns))
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        print(" | ".join(f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else str(v)
-                         for c in columns))
-    file = ROOT / f"benchmarks/speed-{part}.json"
+        cells = (f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns)
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def write_json(part: str, **content) -> None:
     machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores",
+               "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
                "torch": torch.__version__}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    file.write_text(json.dumps(machine | settings | {"rows": rows}, indent=1) + "\n")
+    file = ROOT / f"benchmarks/speed-{part}.json"
+    file.write_text(json.dumps(machine | content, indent=1) + "\n")
+
+
+def report(part: str, rows: list[dict], **settings) -> None:
+    print_table(f"{part}: {settings}", rows)
+    write_json(part, **settings, rows=rows)
+
+
+def config_of(micro_batch_size: int, *flags: str) -> prdp.Config:
+    return prdp.parse_config([
+        "--preset", "demo", "--reward", "benchmarks/speed.py:brightness", "--prompts_per_epoch",
+        str(PROMPTS), "--images_per_prompt", str(IMAGES), "--num_steps", str(STEPS),
+        "--guidance_scale", str(GUIDANCE), "--micro_batch_size", str(micro_batch_size), *flags])
 
 
 class Ours:
-    """prdp.py on the demo's model, one epoch a call."""
+    """prdp.py, one epoch a call."""
 
     def __init__(self, micro_batch_size: int, *flags: str):
-        self.config = prdp.parse_config([
-            "--preset", "demo", "--prompts_per_epoch", str(PROMPTS), "--images_per_prompt",
-            str(IMAGES), "--num_steps", str(STEPS), "--guidance_scale", str(GUIDANCE),
-            "--micro_batch_size", str(micro_batch_size), *flags])
-        self.models = prdp.load_models(self.config, CPU)
-        self.models.reward = BRIGHTNESS
+        self.config = config_of(micro_batch_size, *flags)
+        self.models = prdp.load_models(self.config, DEVICE)
         (self.prompts,) = prdp.load_prompts(self.config.prompts, print).values()
-        self.optimizer = torch.optim.AdamW(self.models.policy.unet.parameters(),
-                                           self.config.learning_rate)
+        weights = [w for w in self.models.policy.unet.parameters() if w.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, self.config.learning_rate,
+                                           fused=DEVICE.type == "cuda")
         self.epoch = 0
 
-    def __call__(self) -> dict[str, float]:
+    def collect(self) -> prdp.Trajectories:
         self.epoch += 1
+        return prdp.collect_epoch(self.config, self.models, self.prompts, self.epoch, {})
+
+    def update(self, trajectories: prdp.Trajectories) -> None:
+        prdp.update_policy(self.config, self.models.policy, self.optimizer, trajectories)
+
+    def __call__(self) -> dict[str, float]:
         with timing("trajectory_log_probs") as passes:
-            trajectories = prdp.collect_epoch(self.config, self.models, self.prompts, self.epoch,
-                                              {})
+            trajectories = self.collect()
         reference, seconds = sum(passes), trajectories.seconds
         with prdp.timed(seconds, "updating"):
-            prdp.update_policy(self.config, self.models.policy, self.optimizer, trajectories)
+            self.update(trajectories)
         # TRL's sampling decodes its images too.
         return {"sampling": seconds["seconds_sampling"] - reference + seconds["seconds_scoring"],
+                "of it decoding and reward": seconds["seconds_scoring"],
                 "reference": reference, "updating": seconds["updating"]}
 
 
@@ -113,9 +150,12 @@ def timing(name: str):
 
     @functools.wraps(function)
     def timed(*arguments, **options):
-        started = time.perf_counter()
-        result = function(*arguments, **options)
-        durations.append(time.perf_counter() - started)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()  # what was asked for before is not this function's
+        seconds = {}
+        with prdp.timed(seconds, name):
+            result = function(*arguments, **options)
+        durations.append(seconds[name])
         return result
 
     setattr(prdp, name, timed)
@@ -129,21 +169,22 @@ def timing(name: str):
 class Trl:
     """TRL's DDPOTrainer on the same model, images and steps, one epoch a call."""
 
-    def __init__(self, micro_batch_size: int, folder: str, memory_format: torch.memory_format):
+    def __init__(self, ours: prdp.Config, folder: str,
+                 memory_format: torch.memory_format = torch.contiguous_format):
         import accelerate
 
         accelerate.PartialState()  # the trainer logs before it makes one
         from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-        images = PROMPTS * IMAGES
+        size, images = ours.micro_batch_size, ours.prompts_per_epoch * ours.images_per_prompt
         config = DDPOConfig(
-            sample_num_steps=STEPS, sample_guidance_scale=GUIDANCE, train_cfg=True,
-            sample_batch_size=micro_batch_size, train_batch_size=micro_batch_size,
-            sample_num_batches_per_epoch=images // micro_batch_size,
-            train_gradient_accumulation_steps=images // micro_batch_size,  # one update, as K = 1
+            sample_num_steps=ours.num_steps, sample_guidance_scale=ours.guidance_scale,
+            sample_batch_size=size, train_batch_size=size, train_cfg=True,
+            sample_num_batches_per_epoch=images // size,
+            train_gradient_accumulation_steps=images // size,  # one update, as K = 1
             train_num_inner_epochs=1, mixed_precision="no", save_freq=10**9, log_with=None,
             project_kwargs={"project_dir": folder})
-        pipeline = DefaultDDPOStableDiffusionPipeline(str(ROOT / "demo/model"), use_lora=False)
+        pipeline = DefaultDDPOStableDiffusionPipeline(ours.model, use_lora=False)
         animals = iter((ROOT / "prompts/animals.txt").read_text().split("\n") * 1000)
         self.trainer = DDPOTrainer(
             config, lambda images, prompts, _: (images.mean((1, 2, 3)), {}),
@@ -169,11 +210,10 @@ class Trl:
 def peer(rounds: int = 7) -> None:
     import trl
 
-    as_it_is, like_ours = torch.contiguous_format, torch.channels_last
     with tempfile.TemporaryDirectory() as folder:
-        tasks = {f"TRL DDPO, {size}": Trl(size, folder, as_it_is) for size in (8, 64)}
-        tasks |= {f"TRL DDPO, {size}, channels_last": Trl(size, folder, like_ours)
-                  for size in (8, 64)}
+        tasks = {f"TRL DDPO, {size}": Trl(config_of(size), folder) for size in (8, 64)}
+        tasks |= {f"TRL DDPO, {size}, channels_last":
+                  Trl(config_of(size), folder, torch.channels_last) for size in (8, 64)}
         tasks |= {f"prdp.py GRPO, {size}": Ours(size, "--objective", "grpo")
                   for size in (8, 64, 256)}
         tasks |= {f"prdp.py PRDP, {size}": Ours(size) for size in (8, 64, 256)}
@@ -226,13 +266,13 @@ def floor(rounds: int = 7) -> None:
            note="prdp.py's sampling includes decoding and the reward")
 
 
-# ------------------------------------------------------------------------------------- skip, memory
+# --------------------------------------------------------------------------------- skip, processes
 
 
 def skip(updates: int = 10) -> None:
     """At the small preset's clip range: the entries left out, the time, the same gradient."""
     ours = Ours(64, "--clip_range", "1e-6", "--learning_rate", "1e-5")
-    trajectories = prdp.collect_epoch(ours.config, ours.models, ours.prompts, 0, {})
+    trajectories = ours.collect()
     policy, old, rows = ours.models.policy, trajectories.log_probs_old, []
     weights = list(policy.unet.parameters())
 
@@ -247,7 +287,7 @@ def skip(updates: int = 10) -> None:
         log_probs = old if k == 0 else prdp.trajectory_log_probs(
             policy, trajectories.prompt_embeds, trajectories.latents, 64).view_as(old)
         log_probs = log_probs.clone().requires_grad_()
-        loss = prdp.objective_loss(ours.config, log_probs, trajectories, None)
+        loss = prdp.objective_loss(ours.config, log_probs, trajectories)
         (grad,) = torch.autograd.grad(loss, log_probs)
         grad = grad.flatten(0, 1)
         # Entries of 1e-300 are not left out, and add nothing.
@@ -279,17 +319,6 @@ def run_prdp(*flags: str, processes: int = 1, threads: int = 2) -> list[dict]:
                 if line]
 
 
-def memory() -> None:
-    rows = []
-    for steps in (10, 20, 50):
-        metrics = run_prdp("--num_steps", str(steps), "--prompts_per_epoch", "4", "--num_epochs",
-                           "1")
-        rows.append({"steps": steps, "peak GiB": metrics[-1]["peak_gib"]})
-    for row in rows:
-        row["against 10 steps"] = row["peak GiB"] / rows[0]["peak GiB"]
-    report("memory", rows)
-
-
 def world(rounds: int = 3) -> None:
     rows = []
     for _ in range(rounds):
@@ -317,122 +346,382 @@ def allreduce(rounds: int = 5) -> None:
         report("allreduce", rows, processes=prdp.world_size(), threads=torch.get_num_threads())
 
 
-# -------------------------------------------------------------------------------------------- gpu
+# -------------------------------------------------------------------- Stable Diffusion v1.4's shape
 
-PEAKS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16 FLOP/s
-VARIANTS = ("bf16", "tf32", "float32", "channels_first", "gradient_checkpointing", "lora",
-            "compile")
+SD14 = {  # where it differs from the library's defaults
+    "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "vae": dict(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4),
+    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                         projection_dim=768)}
+TINY = {
+    "unet": dict(sample_size=8, cross_attention_dim=32, attention_head_dim=8, layers_per_block=1,
+                 block_out_channels=(32, 32),
+                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+    "vae": SD14["vae"] | dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1),
+    "text_encoder": dict(hidden_size=32, intermediate_size=32, num_attention_heads=4,
+                         num_hidden_layers=1)}
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                clip_sample=False, set_alpha_to_one=False)
 
 
-def gpu() -> None:
-    """Pairs (image, step) and FLOP a second of SD v1.4's UNet, and hours for the presets."""
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/speed.py: error: the part gpu needs a GPU")
-    matmul, cudnn, rows = torch.backends.cuda.matmul, torch.backends.cudnn, []
-    for variant in VARIANTS:
-        matmul.allow_tf32 = cudnn.allow_tf32 = variant == "tf32"
-        policy = random_policy(variant, torch.device("cuda"))
-        optimizer = torch.optim.AdamW(policy.unet.parameters(), 1e-9, fused=True)
-        for size in (1, 2, 4, 8, 16, 32):
-            row = {"variant": variant, "micro-batch": size}
-            rows.append(row)
+def full_size(folder: str, tiny: bool = False) -> None:
+    """Write a model of this shape and HPSv2's, random weights in the formats that are published."""
+    shape = TINY if tiny else SD14
+    torch.manual_seed(0)
+    # The demo's words, in sentences of Stable Diffusion's length.
+    tokenizer = CLIPTokenizer.from_pretrained("demo/model", subfolder="tokenizer",
+                                              model_max_length=77)
+    StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**shape["unet"]), vae=AutoencoderKL(**shape["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])), tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**SCHEDULE), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False).save_pretrained(folder)
+    if not tiny:
+        import open_clip
+
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).half()
+        torch.save({"state_dict": clip.state_dict()}, f"{folder}/HPS_v2_compressed.pt")
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+MICRO_BATCHES = (1, 2, 4, 8)
+CARDS = {24: 23.6, 40: 39.4, 80: 79.1}  # GB by name: GiB that a process can have
+MARGIN = 2.0  # GiB for workspaces and fragmentation
+SETTINGS = list(itertools.product((0, 16), (False, True), (False, True)))
+
+
+class Count(TorchDispatchMode):
+    """The bytes of all tensors alive, each rounded up to 512 as CUDA's allocator does, with no GPU
+    and no numbers. Not in it: cuDNN's and cuBLAS's workspaces, fragmentation, CUDA itself.
+
+    The tensors say that they are on the CPU. There attention is the CPU's flash kernel. As CUDA's
+    flash, cuDNN's and memory-efficient kernels do, it keeps queries, keys, values, its output and a
+    number for each query, and no matrix of queries by keys. Autocast leaves norms in bf16 on a CPU
+    and has them in float32 on a GPU, so here they are told to be in float32.
+    """
+    for name in ("group_norm", "layer_norm"):
+        torch.library.register_autocast(f"aten::{name}", "cpu", torch.float32)
+
+    def __init__(self):
+        super().__init__()
+        self.device, self.fake = torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True)
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __enter__(self):
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result = operator(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    size = -(-storage.nbytes() // 512) * 512
+                    self.alive.add(storage._cdata)
+                    self.now, self.peak = self.now + size, max(self.peak, self.now + size)
+                    weakref.finalize(storage, self.free, storage._cdata, size)
+        return result
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size
+
+    def reset(self) -> None:
+        self.peak = self.now
+
+
+class Allocator(contextlib.nullcontext):
+    """What CUDA's allocator itself says."""
+    device = torch.device("cuda")
+    now = property(lambda self: torch.cuda.memory_allocated())
+    peak = property(lambda self: torch.cuda.max_memory_allocated())
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_above(memory: Count | Allocator, task: Callable, *arguments) -> float:
+    """GiB that a task takes at its peak, above what was there before it."""
+    gc.collect()
+    memory.reset()
+    before = memory.now
+    task(*arguments)
+    return (memory.peak - before) / GIB
+
+
+def weights_gib(network: torch.nn.Module) -> float:
+    return sum(weight.nbytes for weight in network.parameters()) / GIB
+
+
+def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpointing: bool,
+              is_bf16: bool) -> dict[str, float]:
+    """GiB of the weights that learn, and at its peak of an update and of sampling, by the size of
+    the micro-batches. Weights and gradients are not in the peaks."""
+    import peft
+
+    def update(latents: Tensor, embeds: Tensor) -> None:
+        timesteps = torch.ones(len(latents), dtype=torch.int64)
+        mean, std = policy.mean_std(latents[:, 0], timesteps, embeds)
+        prdp.gaussian_log_prob(latents[:, 1], mean, std).sum().backward()
+
+    def sample(latents: Tensor, embeds: Tensor) -> None:
+        with torch.autocast(memory.device.type, torch.bfloat16, is_bf16):  # as in collect_epoch
+            prdp.trajectory_log_probs(policy, embeds, latents, len(latents))
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**shape["unet"]).eval()
+        unet.requires_grad_(not lora_rank)
+        if lora_rank:
+            unet.add_adapter(peft.LoraConfig(r=lora_rank, target_modules=[
+                "to_q", "to_k", "to_v", "to_out.0"]))
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    with memory, torch.device(memory.device):
+        for layer in unet.modules():
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                weight = torch.nn.Parameter(torch.zeros(weight.shape), weight.requires_grad)
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+                setattr(layer, name, weight)
+        scheduler = DDIMScheduler(**SCHEDULE)
+        scheduler.timesteps, scheduler.num_inference_steps = torch.tensor([501, 1]), 2
+        scheduler.alphas_cumprod = torch.rand(1000)
+        negative_embeds = torch.randn(1, 77, shape["unet"]["cross_attention_dim"])
+        policy = prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE, is_bf16)
+        side = shape["unet"]["sample_size"]
+        gib = {"trained": sum(w.nbytes for w in unet.parameters() if w.requires_grad) / GIB}
+        for size in MICRO_BATCHES:
+            inputs = torch.randn(size, 3, 4, side, side), policy.negative_embeds.repeat(size, 1, 1)
             try:
-                measure_gpu(policy, optimizer, row)
+                gib[f"update, M = {size}"] = peak_above(memory, update, *inputs)
+                gib[f"sampling, M = {size}"] = peak_above(memory, sample, *inputs)
             except torch.OutOfMemoryError:
-                row["note"] = "out of memory"
                 break
-        del policy, optimizer
+    return gib
+
+
+def memory(tiny: bool = False) -> list[dict]:
+    """The memory of Stable Diffusion v1.4's training, by part and by card."""
+    import open_clip
+
+    shape, rows, sums = TINY if tiny else SD14, [], []
+    for lora_rank, is_bf16, checkpointing in SETTINGS:
+        names = {"weights": f"LoRA {lora_rank}" if lora_rank else "all", "precision":
+                 "bf16" if is_bf16 else "tf32", "checkpointing": "yes" if checkpointing else "no"}
+        case = shape, lora_rank, checkpointing, is_bf16
+        rows.append(names | {"": "counted"} | memory_of(Count(), *case))
+        if DEVICE.type == "cuda":
+            rows.append(names | {"": "measured"} | memory_of(Allocator(), *case))
+    with Count() as count:
+        vae = AutoencoderKL(**shape["vae"]).eval()
+        models = prdp.Models(SimpleNamespace(vae=vae), None, None)
+        side = shape["unet"]["sample_size"]
+        decoding = peak_above(count, models.decode, torch.randn(1, 4, side, side))
+    with torch.device("meta"):
+        fixed = {"UNet": weights_gib(UNet2DConditionModel(**shape["unet"])),
+                 "text encoder": weights_gib(
+                     CLIPTextModel(CLIPTextConfig(**shape["text_encoder"]))),
+                 "VAE": weights_gib(AutoencoderKL(**shape["vae"])),
+                 "HPSv2": weights_gib(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))),
+                 "trajectories of 64 images": 64 * 4 * (51 * 4 * 64**2 + 77 * 768) / GIB,
+                 "CUDA, cuDNN and NCCL, about": 1.0}
+    for row in rows:
+        if row[""] == "counted":
+            # Gradients and two moments are of the weights' size.
+            rest = sum(fixed.values()) + 3 * row["trained"]
+            by_size = {size: rest + row[f"update, M = {size}"] for size in MICRO_BATCHES}
+            fits = {f"{card} GB": max((size for size, gib in by_size.items()
+                                       if gib + MARGIN <= usable), default="none")
+                    for card, usable in CARDS.items()}
+            names = {name: row[name] for name in ("weights", "precision", "checkpointing")}
+            sums.append(names | {f"M = {size}": gib for size, gib in by_size.items()} | fits)
+    print_table("memory, GiB", rows)
+    print_table(f"always there, GiB (decoding an image takes another {decoding:.2f})", [fixed])
+    print_table("the sum of an update on one of 8 GPUs, GiB, and the largest M by card", sums)
+    write_json("memory" + "-tiny" * tiny, rows=rows, fixed=fixed, decoding=decoding, sums=sums)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- gpu
+
+PRECISIONS = ("bf16", "tf32", "float32")
+PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}  # dense bf16, TFLOP/s
+
+
+def attempt(names: dict, task: Callable[..., list[dict]], *arguments) -> list[dict]:
+    """The rows that the task measured, or one that says why it could not."""
+    try:
+        return [names | row for row in task(*arguments)]
+    except Exception as error:  # all else is measured nonetheless
+        return [names | {"note": explain(error)}]
+    finally:
         gc.collect()
         torch.cuda.empty_cache()
-        report("gpu", rows, latents="64 x 64")
-    for preset in ("small", "large", "multi"):
-        config = prdp.Config(**prdp.PRESETS[preset])
-        K = config.updates_per_epoch
-        for variant in ("bf16", "tf32", "float32"):
-            of_its_size = [row for row in rows if row.get("micro-batch") == config.micro_batch_size
-                           and row["variant"] == variant and "pairs backward/s" in row]
-            for row in of_its_size:
-                pairs = config.prompts_per_epoch * config.images_per_prompt * config.num_steps
-                seconds = pairs * ((1 + K) / row["pairs/s"]  # sampling, reference, and for k > 1
-                                   + K / row["pairs backward/s"])
-                rows.append({"variant": f"--preset {preset} in {variant}, of 8 GPUs",
-                             "hours without decoding and rewards":
-                             config.num_epochs * seconds / 3600 / 8})
-    report("gpu", rows, latents="64 x 64")
 
 
-def random_policy(variant: str, device: torch.device) -> prdp.Policy:
-    """A policy of Stable Diffusion v1.4's shape, of five steps, with random weights."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-    from peft import LoraConfig
-
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              steps_offset=1)
-    scheduler.set_timesteps(5)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet.to(device).eval()
-    if variant != "channels_first":
-        unet.to(memory_format=torch.channels_last)
-    if variant == "lora":
-        unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    if variant == "gradient_checkpointing":
-        unet.enable_gradient_checkpointing()
-    if variant == "compile":
-        unet.compile(dynamic=True)
-    negative_embeds = torch.randn(1, 77, 768, device=device)
-    return prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE,
-                       is_bf16=variant not in ("tf32", "float32"))
+def set_precision(ours: Ours, precision: str) -> None:
+    """As prdp.load_models does."""
+    ours.models.policy.is_bf16 = ours.models.reference.is_bf16 = precision == "bf16"
+    tf32 = precision != "float32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
-def measure_gpu(policy: prdp.Policy, optimizer: torch.optim.Optimizer, row: dict) -> None:
-    """Fill in a row: sampling, then updating, in micro-batches of a size."""
-    from torch.utils.flop_counter import FlopCounterMode
+def log_ratios(ours: Ours) -> list[dict]:
+    """Of a new policy, so that it still is the reference: its log ratios, which must be exactly 0.
+    Then, for the same trajectories and the same update, how far those of less precision are from
+    float32's, and how often they fall on the other side of the small preset's clip range."""
+    largest = {}
+    for precision in PRECISIONS:
+        set_precision(ours, precision)
+        trajectories = ours.collect()
+        difference = trajectories.log_probs_old - trajectories.log_probs_ref
+        largest[precision] = difference.abs().max().item()
 
-    size, device = row["micro-batch"], policy.negative_embeds.device
-    embeds = torch.randn(size, 77, 768, device=device)
-    latents = torch.randn(size, 6, 4, 64, 64, device=device)
-    trajectories = SimpleNamespace(prompt_embeds=embeds, latents=latents)
-    grad = torch.full((size, 5), 1e-9, dtype=torch.float64, device=device)
+    def log_probs() -> dict[str, Tensor]:
+        result = {}
+        for precision in PRECISIONS:
+            set_precision(ours, precision)
+            result[precision] = prdp.trajectory_log_probs(
+                ours.models.policy, trajectories.prompt_embeds, trajectories.latents,
+                ours.config.micro_batch_size)
+        return result
 
-    def sample() -> None:
-        prdp.trajectory_log_probs(policy, embeds, latents, size)
+    before = log_probs()
+    ours.update(trajectories)
+    after = log_probs()
+    ratios = {precision: after[precision] - before[precision] for precision in PRECISIONS}
+    exact, eps = ratios["float32"].abs(), prdp.Config().clip_range
+    return [{"precision": precision,
+             "largest log ratio before the first update": largest[precision],
+             "typical change of a log-prob by an update": exact.median().item(),
+             "its rms error": (ratio - ratios["float32"]).square().mean().sqrt().item(),
+             "clipped otherwise": ((ratio.abs() > eps) != (exact > eps)).double().mean().item()}
+            for precision, ratio in ratios.items()]
 
-    def update() -> None:
-        prdp.backward_log_probs(policy, trajectories, grad, size)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    for key, task in (("pairs/s", sample), ("pairs backward/s", update)):
+def flops_of_a_pair(ours: Ours) -> tuple[float, float]:
+    """Of one image and step: without a graph, and with one and its backward."""
+    trajectories, policy = ours.collect(), ours.models.policy
+    grad = torch.zeros_like(trajectories.log_probs_old.flatten(0, 1))
+    grad[0, 0] = 1e-9
+    with FlopCounterMode(display=False) as forward:
+        prdp.trajectory_log_probs(policy, trajectories.prompt_embeds[:1],
+                                  trajectories.latents[:1], 1)
+    with FlopCounterMode(display=False) as update:
+        prdp.backward_log_probs(policy, trajectories, grad, 1)
+    ours.optimizer.zero_grad()
+    return forward.get_total_flops() / ours.config.num_steps, update.get_total_flops()
+
+
+def epoch_on_gpu(ours: Ours, precision: str, size: int, flops: tuple[float, float]) -> list[dict]:
+    """Seconds of an epoch's phases, FLOP a second, and the GPU's memory: one row."""
+    set_precision(ours, precision)
+    ours.config.micro_batch_size = size
+    ours.optimizer.zero_grad()  # of an update for which memory did not suffice
+    if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        started, count = time.perf_counter(), 0
-        task()
-        torch.cuda.synchronize()
-        row[f"warm-up of {key}, s"] = time.perf_counter() - started
-        started = time.perf_counter()
-        while time.perf_counter() - started < 4:
-            task()
-            torch.cuda.synchronize()
-            count += 1
-        row[key] = 5 * size * count / (time.perf_counter() - started)
-        row[f"peak GiB, {key}"] = torch.cuda.max_memory_allocated() / 2**30
-    row["images/s at 50 steps"] = row["pairs/s"] / 50
-    peak = next((PEAKS[name] for name in PEAKS if name in torch.cuda.get_device_name()), None)
-    if row["variant"] == "bf16" and peak:
-        with FlopCounterMode(display=False) as counter:
-            sample()
-        flops = counter.get_total_flops() / (5 * size)  # of a guided pair
-        row["share of the bf16 peak"] = row["pairs/s"] * flops / peak
+    images = ours.config.prompts_per_epoch * ours.config.images_per_prompt
+    pairs = images * ours.config.num_steps  # of image and step
+    row = {"images": images, "pairs": pairs} | median_seconds({"": ours}, 1)[""]
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
+    peak = next((PEAKS[name] for name in PEAKS if name in card), None)
+    for part, of_a_pair in zip(("reference", "updating"), flops, strict=True):
+        row[f"TFLOP/s, {part}"] = rate = pairs * of_a_pair / row[part] / 1e12
+        if peak:
+            row[f"share of the bf16 peak, {part}"] = rate / peak
+    return [row | {"peak GiB": torch.cuda.max_memory_allocated() / GIB}]
+
+
+def hours(rows: list[dict]) -> list[dict]:
+    """Of the presets on 8 GPUs, with HPSv2 and as if clipping left no entry out."""
+    estimates = []
+    for preset in ("small", "large"):
+        config = prdp.parse_config(["--preset", preset])
+        K, precision = config.updates_per_epoch, "bf16" if config.updates_per_epoch == 1 else "tf32"
+        for row in rows:
+            if (row["setting"], row["precision"]) == ("", precision) and "epoch" in row:
+                scoring = row["of it decoding and reward"]
+                # The reference's pass, and K - 1 of the same kind after the first update.
+                steps = row["sampling"] - scoring + K * (row["reference"] + row["updating"])
+                images = config.prompts_per_epoch * config.images_per_prompt
+                seconds = (images / row["images"] * scoring
+                           + images * config.num_steps / row["pairs"] * steps)
+                estimates.append({"preset": preset, "precision": precision,
+                                  "micro-batch": row["micro-batch"],
+                                  "hours": config.num_epochs * seconds / 3600 / 8})
+    return estimates
+
+
+def gpu(tiny: bool = False) -> None:
+    """What no CPU can tell, for Stable Diffusion v1.4's shape with random weights."""
+    tables = defaultdict(list)
+    count, steps, sizes = ("2", "2", (2,)) if tiny else ("4", "5", (4, 8, 16))
+
+    def add(table: str, rows: list[dict]) -> None:  # on disk at once, as a later part may fail
+        tables[table] += rows
+        print(table, *rows, sep="\n", flush=True)
+        write_json("gpu" + "-tiny" * tiny, **tables)
+
+    def epochs(ours: Ours, setting: str, precision: str) -> None:
+        for size in sizes[:1] if precision == "float32" else sizes:
+            add("epochs", attempt(
+                {"setting": setting, "precision": precision, "micro-batch": size},
+                epoch_on_gpu, ours, precision, size, flops))
+
+    with tempfile.TemporaryDirectory() as folder:
+        full_size(folder, tiny)
+        reward = "jpeg_compressibility" if tiny else f"hpsv2:{folder}"
+        flags = ["--model", folder, "--prompts", "prompts/animals.txt", "--reward", reward,
+                 "--prompts_per_epoch", count, "--images_per_prompt", count, "--num_steps", steps,
+                 "--learning_rate", "1e-5"]
+        ours = Ours(2, *flags)
+        flops = flops_of_a_pair(ours)
+        unet = ours.models.policy.unet
+        unet.enable_gradient_checkpointing()  # so that 24 GB are enough to begin with
+        add("log ratios", attempt({}, log_ratios, ours))
+        epochs(ours, "checkpointing", "tf32")
+        unet.disable_gradient_checkpointing()
+        for precision in PRECISIONS:
+            epochs(ours, "", precision)
+        add("hours", hours(tables["epochs"]))
+        del ours, unet
+        gc.collect()
+        epochs(Ours(4, *flags, "--lora_rank", "16"), "LoRA 16", "tf32")
+        add("memory", memory(tiny))
+        for size in sizes:
+            add("TRL in tf32", attempt({"micro-batch": size}, trl_epoch, config_of(size, *flags)))
+    for table, rows in tables.items():
+        print_table(table, rows)
+
+
+def trl_epoch(config: prdp.Config) -> list[dict]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    with tempfile.TemporaryDirectory() as folder:
+        return [median_seconds({"": Trl(config, folder)}, 1)[""]]
 
 
 def main() -> None:
     os.chdir(ROOT)
-    parts = {part.__name__: part for part in (peer, floor, skip, memory, world, allreduce, gpu)}
-    if len(sys.argv) != 2 or sys.argv[1] not in parts:
-        sys.exit(f"usage: python benchmarks/speed.py {'|'.join(parts)}")
-    torch.set_num_threads(2)
-    parts[sys.argv[1]]()
+    shaped = {part.__name__: part for part in (memory, gpu, full_size)}
+    parts = {part.__name__: part for part in (peer, floor, skip, world, allreduce)} | shaped
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("folder", nargs="*", help="of full_size: where it writes")
+    parser.add_argument("--tiny", action="store_true", help="of memory, gpu and full_size")
+    given = parser.parse_args()
+    if given.part in shaped:
+        parts[given.part](*given.folder, tiny=given.tiny)
+    else:
+        torch.set_num_threads(2)
+        parts[given.part]()
 
 
 if __name__ == "__main__":

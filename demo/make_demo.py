@@ -29,7 +29,7 @@ Results, by check_judge, check_sd and check_clip on new pictures and samples:
   | guidance | 45: animal right | unseen: animal right | size | colour | place | background | all |
   |---|---|---|---|---|---|---|---|
   | 1 | 41.7% | 36.5% | 84.9% | 67.4% | 89.3% | 57.2% | 20.1% |
-  | 1.5, of the presets | 61.5% | 66.0% | 92.2% | 88.0% | 95.2% | 77.2% | 49.7% |
+  | 1.5, of most claims | 61.5% | 66.0% | 92.2% | 88.0% | 95.2% | 77.2% | 49.7% |
   | 3 | 86.1% | 86.5% | 97.7% | 96.3% | 97.9% | 92.1% | 75.8% |
   | 5 | 93.1% | 87.7% | 98.1% | 94.7% | 98.0% | 94.2% | 76.7% |
   | 8 | 90.1% | 81.4% | 97.6% | 83.1% | 96.8% | 91.4% | 59.3% |
