@@ -963,6 +963,7 @@ def test_a_folder_is_locked_while_its_process_lives_not_its_children(tmp_path):
     run, (ours, theirs) = prdp.Run(str(tmp_path / "run")), FORKS.Pipe()
     first = FORKS.Process(target=hold, args=(run, theirs), daemon=True)
     first.start()
+    theirs.close()  # so that the next line fails if the process does
     child = ours.recv()
     try:
         with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
