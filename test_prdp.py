@@ -589,11 +589,11 @@ def test_metrics_are_what_the_documents_say():
         reward_mean=statistics.fmean(flat), reward_std=statistics.stdev(flat))
     expected["reward/clip"] = 2 * expected["reward_mean"]
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
-    given["rewards"] = 2 * torch.randn(4000, 1) + torch.randn(4000, 4)  # 4 of 5 between prompts
+    given["rewards"] = torch.randn(4000, 1) + 2 * torch.randn(4000, 4)  # 1 of 5 between prompts
     old, given["reward_terms"] = torch.zeros(4000, 4, 1, dtype=torch.float64), {}
     given |= dict(log_probs_old=old, log_probs_ref=old)
     metrics = prdp.summarise(config, SimpleNamespace(**given), {"loss": 2.0})
-    assert metrics["between_prompt_variance"] == pytest.approx(0.8, abs=0.02)
+    assert metrics["between_prompt_variance"] == pytest.approx(0.2, abs=0.02)
 
 
 # --------------------------------------------------------------------------------------- §5 Models
