@@ -65,6 +65,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -119,7 +120,6 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which the gradient is clipped")
     offline: bool = HfArg(default=False, help="sample from pi_ref in every epoch (Fig. 7)")
     tracker_size: int = HfArg(default=32, help="ddpo: rewards remembered per prompt; 0: none")
-    # The machine
     lora_rank: int = HfArg(default=0, help="rank of LoRA adapters; 0 trains all weights")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="on a GPU, of "
@@ -619,8 +619,7 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
 # Everything that uses torch.distributed, except the last lines of main.
 
 def start_distributed() -> torch.device:
-    """Join the processes of a launcher that sets env://'s variables, as torchrun does; without one
-    this is a world of one. Returns this process's device."""
+    """Join the processes of a launcher, if it has set env://'s variables. Returns the device."""
     gpus = torch.cuda.device_count()
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device("cuda" if gpus else "cpu")
@@ -976,6 +975,7 @@ def main() -> None:
     device = start_distributed()
     for library in ("transformers.tokenization_utils_base", "diffusers.pipelines"):
         logging.getLogger(library).setLevel(logging.ERROR)  # `report_cut` tells of long prompts
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
     if rank() > 0:
         transformers.utils.logging.disable_progress_bar()  # the hub's of downloads too
     try:
