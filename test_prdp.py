@@ -9,8 +9,8 @@ diffusers' DDIM and pipeline, torch.distributions, plain loops, plain autograd, 
 that was never stopped, the package hpsv2, the code of PickScore's authors. The sections are those
 of prdp.py; then come rewards, the hub's answers and documents.
 
-demo/ and prompts/ have tests of their own. `pytest -m slow` adds HPSv2's full size, 4 processes, 2
-machines of 2, and 60 killed runs.
+demo/, prompts/ and benchmarks/ have tests of their own. `pytest -m slow` adds HPSv2's full size, 4
+processes, 2 machines of 2, and 60 killed runs.
 """
 
 import collections
@@ -369,32 +369,6 @@ def test_ddpos_advantages_end_at_10_and_grpos_are_normalised():
     advantages = prdp.grpo_advantages(torch.rand(4, 6) * 10 + 3)
     assert advantages.mean(1).tolist() == pytest.approx([0] * 4, abs=1e-7)
     assert advantages.std(1, correction=0).tolist() == pytest.approx([1] * 4, rel=1e-5)
-
-
-def test_a_level_of_each_prompt_changes_the_gradient_of_batch_statistics_alone():
-    """Claim M of benchmarks/claims.py, at ten times the spread within a prompt. Advantages are all
-    that policy gradients see of rewards."""
-    torch.manual_seed(0)
-    (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
-    level = load_reward("benchmarks/levels.py:level", CPU)(torch.zeros(500, 3, 1, 1), prompts)
-    assert level.mean().abs() < 0.15 and 0.9 < level.std() < 1.1  # standard normal
-    prompts, level = prompts[:44], level[:44]  # N; B = 6, T = 3
-    rewards = 0.4 + 0.18 * torch.randn(44, 6)
-    log_probs, old, ref = 1e-4 * torch.randn(3, 44, 6, 3, dtype=torch.float64)
-
-    def gradient(rewards):
-        theta = log_probs.clone().requires_grad_()
-        loss = prdp.prdp_loss(theta, old, ref, rewards, 1e-4, kl_weight=1)
-        return torch.autograd.grad(loss, theta)[0]
-
-    def by_batch(rewards):
-        return prdp.ddpo_advantages(rewards, prompts, {}, tracker_size=0)
-
-    errors = []
-    for function in (gradient, prdp.grpo_advantages, prdp.rloo_advantages, by_batch):
-        without, with_level = function(rewards), function(rewards + 1.8 * level[:, None])
-        errors.append(((with_level - without).norm() / without.norm()).item())
-    assert max(errors[:3]) < 1e-6 and errors[3] > 0.5, errors
 
 
 # ------------------------------------------------------------------------------ §4 The online loop
@@ -1574,67 +1548,6 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
 
 
 # ---------------------------------------------------------------------------------------- documents
-
-
-def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    speed = importlib.import_module("speed")
-    files = {}
-    monkeypatch.setattr(speed, "write_json", lambda part, **content: files.update({part: content}))
-    for size in ("PROMPTS", "IMAGES", "STEPS"):
-        monkeypatch.setattr(speed, size, 2)
-    monkeypatch.setattr(speed, "MICRO_BATCHES", (1,))
-    monkeypatch.setattr(speed, "SETTINGS", [(16, True, True)])
-    phases = dict.fromkeys(("seconds_sampling", "seconds_scoring", "seconds_updating"), 1.0)
-    monkeypatch.setattr(speed, "run_prdp", lambda *flags, **_: [phases] * 2)
-    for part in (speed.floor, speed.allreduce, speed.world):
-        part(rounds=1)
-    speed.skip(updates=2)
-    speed.gpu(tiny=True)
-    assert files.keys() == {"floor", "skip", "allreduce", "world", "memory-tiny", "gpu-tiny"}
-    assert files["skip"]["rows"][0]["relative difference of gradients"] < 1e-4
-    on_gpu = files["gpu-tiny"]
-    assert [row["largest log ratio before the first update"] for row in on_gpu["log ratios"]] == [
-        0, 0, 0]
-    assert all("epoch" in row for row in on_gpu["epochs"])  # what fails has a note instead
-    with speed.Count() as count:
-        kept = torch.zeros(1000)  # 4000 bytes take 4096
-        kept.add(1).sum()  # for a moment as many again, and 512
-    assert (count.now, count.peak) == (4096, 2 * 4096 + 512)
-
-
-def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    claims = importlib.import_module("claims")
-    shutil.copytree(claims.LOGS, tmp_path / "claims")
-    monkeypatch.setattr(claims, "LOGS", tmp_path / "claims")
-    shown = (tmp_path / "claims/README.md").read_text()
-    (tmp_path / "claims/README.md").unlink()
-    claims.report()
-    assert (tmp_path / "claims/README.md").read_text() == shown
-
-
-@pytest.mark.parametrize("changes", [{}, dict(
-    reward="aesthetic", num_epochs=3, updates_per_epoch=7, prompts_per_epoch=9, images_per_prompt=5,
-    num_steps=20, kl_weight=9, clip_range=1, guidance_scale=9, micro_batch_size=4, save_every=5)])
-def test_the_claims_flags_are_those_of_their_logs_whatever_the_presets_are(monkeypatch, changes):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    claims = importlib.import_module("claims")
-    logged = set(claims.LOGS.glob("*/*/config.json"))
-    for preset in ("demo", "demo-large"):
-        monkeypatch.setitem(prdp.PRESETS, preset, prdp.PRESETS[preset] | changes)
-    for world, method in itertools.product(claims.WORLDS, claims.METHODS):
-        flags = claims.flags_of(world, method)
-        prdp.parse_config(flags)
-        for rate, seed in itertools.product(claims.ALL_RATES, "0123456"):
-            file = claims.LOGS / claims.name_of(world, method, rate, seed) / "config.json"
-            if file in logged and not (changes and claims.WORLDS[world].is_preset):
-                config = json.loads(file.read_text().replace('"Infinity"', "Infinity"))
-                flags_of_run = ["--learning_rate", rate, "--seed", seed]
-                flags_of_run += ["--run_dir", config["run_dir"]]
-                assert vars(prdp.parse_config([*flags, *flags_of_run])) == config, file
-            logged.discard(file)
-    assert not logged
 
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
