@@ -723,7 +723,7 @@ class Run:
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another --run_dir") from None
-        for name in (made_with.keys() & state["config"].keys()) - MAY_CHANGE:
+        for name in [n for n in made_with if n in state["config"].keys() - MAY_CHANGE]:
             then, now = state["config"][name], made_with[name]  # a score may be of another device
             if then != now and not ("score" in name and math.isclose(then, now, rel_tol=1e-3)):
                 raise UserError(f"--run_dir {self.folder} was made with --{name} {then} and not "

@@ -990,7 +990,7 @@ def test_changed_prompts_models_or_rewards_are_refused_by_name(tmp_path, monkeyp
     is_refused("reward clip (score of noise)")
     safetensors.torch.save_file(content, clip / "model.safetensors", {"format": "pt"})
     begin_or_go_on()
-    (tmp_path / "two.txt").write_text("\n".join([*CAT_AND_BAT, "A painting of a dog"]))
+    (tmp_path / "two.txt").write_text("\n".join(reversed(CAT_AND_BAT)))
     is_refused("prompts (hash)")
 
 
