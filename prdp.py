@@ -630,7 +630,7 @@ def start_distributed() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or torchrun's default
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     say(f"{local_size} processes and {gpus} GPUs: computing on the CPU")
     return torch.device("cpu")
