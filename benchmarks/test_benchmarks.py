@@ -7,17 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # read at the first import
 import pytest
 import torch
 
-import prdp
-from rewards import load_reward
-
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import claims  # noqa: E402
 import speed  # noqa: E402
+
+import prdp  # noqa: E402
+from rewards import load_reward  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import os
 import random
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # for all tests: it is read when the first of them is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import
 import pytest
 import torch
 from torch.distributions import kl_divergence
