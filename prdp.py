@@ -606,8 +606,8 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
         if len(tokenizer) > text_encoder.config.vocab_size:
             raise ValueError("its tokenizer has more tokens than its text encoder knows")
     except Exception as error:  # of the hub, the network, or a damaged file
-        raise UserError(f"--model {model} cannot be used ({explain(error)}); see Your model in the "
-                        "README") from None
+        raise UserError(f"--model {model} cannot be used ({explain(error)}); the README says which "
+                        "can, under Your reward, prompts and model") from None
     if config.num_steps >= len(scheduler.betas):
         raise UserError(f"--num_steps {config.num_steps}: must be less than {len(scheduler.betas)}")
     return StableDiffusionPipeline(

@@ -1156,7 +1156,7 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     ("--reward hpsv2", "--reward hpsv2.*HF_HUB_OFFLINE"),
     ("--reward TMP/bad.py:nan", r"epoch 1: --reward .*:nan is .*nan.* for 'A painting"),
     ("--model a/b", "--model a/b.*HF_HUB_OFFLINE"),
-    ("--model README.md", "README.md cannot be used .*; see Your model"),
+    ("--model README.md", "README.md cannot be used .*; the README says which can"),
     ("--model TMP/XL", "StableDiffusionXLPipeline"),
     ("--num_steps 1000", "--num_steps 1000: must be less than 1000"),
     ("--images_per_prompt 1", "--images_per_prompt must be at least 2"),

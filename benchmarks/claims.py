@@ -3,6 +3,7 @@
     python benchmarks/claims.py sweep A4       # learning rates, on seeds 0 and 1
     python benchmarks/claims.py run A4         # at the best rate of each method, and its evaluation
     python benchmarks/claims.py base P         # the base alone at several guidance scales
+    python benchmarks/claims.py guidance B4    # the end policies at guidance scales not their own
     python benchmarks/claims.py samples A      # the end policies: a picture, and kinds
     python benchmarks/claims.py before-after   # the README's picture, of the runs of P
     python benchmarks/claims.py report         # all tables and curves, from the logs
@@ -166,7 +167,7 @@ WORLDS = {
 }
 ALL_RATES, SWEEP_SEEDS = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
 OBJECTIVE = "weighted sum - kl_weight * kl"
-GUIDANCES = ("1", "1.5", "3", "5", "8")  # of the base alone
+GUIDANCES, OTHER_GUIDANCES = ("1", "1.5", "3", "5", "8"), ("3", "5")  # of the base, of the rest
 
 
 @dataclass
@@ -345,12 +346,11 @@ def train_and_evaluate(claim: Claim, method: str, rate: str, seed: str) -> None:
     evaluate(claim, name, "--evaluate", f"runs/claims/{name}")
 
 
-def evaluate_base(claim: Claim) -> None:
-    """The base alone at every guidance."""
-    for guidance in GUIDANCES:
-        name = f"{claim.world_name}/base-guidance-{guidance}"
-        evaluate(claim, name, *claim.world.flags.split(), "--evaluate", "base",
-                 "--guidance_scale", guidance, "--run_dir", f"runs/claims/{name}")
+def evaluate_guidance(claim: Claim, name: str, guidances: Iterable[str], *flags: str) -> None:
+    """What --evaluate with these flags says at each guidance."""
+    for guidance in guidances:
+        at = f"{name}-guidance-{guidance}"
+        evaluate(claim, at, *flags, "--guidance_scale", guidance, "--run_dir", f"runs/claims/{at}")
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
@@ -435,16 +435,22 @@ def ends_table(claim: Claim) -> str:
     return table(header, [row[:-3] for row in rows])
 
 
-def base_table(claim: Claim) -> str:
-    """The base alone at every guidance, mean and error over prompts."""
-    header, rows = ["guidance", f"prompts x {claim.world.samples}", *claim.terms], []
-    for guidance, prompts in itertools.product(GUIDANCES, claim.world.prompts.split(",")):
-        name = f"{claim.world_name}/base-guidance-{guidance}"
-        if (file := LOGS / name / evaluation_of(prompts)).exists():
-            found = [json.loads(file.read_text())["results"][term]["base"] for term in claim.terms]
-            rows.append([guidance, prompts, *(f"{of['mean']:.3f} ± {of['standard_error']:.3f}"
-                                              for of in found)])
-    return f"The base alone; ± is over prompts here.\n\n{table(header, rows)}" if rows else ""
+def guidance_table(claim: Claim) -> str:
+    """The base alone and end policies at several guidance scales, if that was tried."""
+    policies = {"base": [LOGS / claim.world_name / "base"]}
+    policies |= {", ".join(run): folders for run, folders in runs_of(claim).items()}
+    rows = []
+    for (policy, folders), guidance, prompts in itertools.product(
+            policies.items(), GUIDANCES, claim.world.prompts.split(",")):
+        at = [folder.with_name(f"{folder.name}-guidance-{guidance}") for folder in folders]
+        column = "base" if policy == "base" else "finetuned"
+        values = [evaluated(at, prompts, term, column) for term in claim.terms]
+        rows += [[policy, str(len(values[0])), guidance, prompts, *map(mean_and_error, values)]
+                 ] if values[0] else []
+    if all(policy == "base" for policy, *_ in rows) and not claim.world.is_preset:
+        return ""
+    return "By guidance in sampling, whatever it was in training.\n\n" + table(
+        ["policy", "runs", "guidance", f"prompts x {claim.world.samples}", *claim.terms], rows)
 
 
 def has_curves(method: str) -> bool:
@@ -584,7 +590,7 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
     for name, claim in shown.items():
         draw([claim], LOGS / f"{name}.png")
         text += f"## {name}\n\n{ends_table(claim)}"
-        text += base_table(claim) if claim.world.is_preset else ""
+        text += guidance_table(claim)
         text += curves_table(claim)
         text += online_passes_offline(claim) if name == "D" else ""
         text += curves_lie_on_each_other(claim) if name == "F" else ""
@@ -796,7 +802,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(
-        "sweep", "run", "base", "samples", "before-after", "report"))
+        "sweep", "run", "base", "guidance", "samples", "before-after", "report"))
     parser.add_argument("claim", nargs="?", choices=tuple(CLAIMS))
     parser.add_argument("--seeds", help="some of the claim's; of `sweep`, any")
     parser.add_argument("--methods", help="some of the claim's, with semicolons between")
@@ -812,7 +818,15 @@ def main() -> None:
     if arguments.what == "samples":
         return draw_samples(arguments.claim)
     if arguments.what == "base":
-        return evaluate_base(claim)
+        world = claim.world_name
+        return evaluate_guidance(claim, f"{world}/base", GUIDANCES, *claim.world.flags.split(),
+                                 "--evaluate", "base")
+    if arguments.what == "guidance":
+        for folder in itertools.chain(*runs_of(claim).values()):
+            name = str(folder.relative_to(LOGS))
+            if (RUNS / name).exists():
+                evaluate_guidance(claim, name, OTHER_GUIDANCES, "--evaluate", f"runs/claims/{name}")
+        return None
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
     given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
     seeds = SWEEP_SEEDS if is_sweep else claim.seeds.split(",")

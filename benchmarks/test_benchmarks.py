@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # read at the first import
@@ -19,10 +21,16 @@ import speed  # noqa: E402
 import prdp  # noqa: E402
 from rewards import load_reward  # noqa: E402
 
+with warnings.catch_warnings():  # as in test_prdp.py
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
+def in_the_repository(request, monkeypatch):
     monkeypatch.chdir(ROOT)
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("pytest -m slow")
 
 
 def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
@@ -48,6 +56,21 @@ def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
         kept = torch.zeros(1000)  # 4000 bytes take 4096
         kept.add(1).sum()  # for a moment as many again, and 512
     assert (count.now, count.peak) == (4096, 2 * 4096 + 512)
+
+
+@slow
+@pytest.mark.parametrize("flags", [
+    "--updates_per_epoch 1", "--updates_per_epoch 3", "--lora_rank 2 --gradient_checkpointing",
+    "--offline", "--objective grpo",
+    "--objective ddpo --images_per_prompt 1 --prompts_per_epoch 8 --updates_per_epoch 4"])
+def test_no_tensors_of_the_cpu_and_of_a_gpu_meet(tmp_path, flags):
+    """On a pretend device: training, going on from a checkpoint, evaluation."""
+    (tmp_path / "two.txt").write_text("A painting of a cat\nA painting of a bat\n")
+    small = f"--preset demo --prompts {tmp_path}/two.txt --run_dir {tmp_path} --num_steps 2"
+    small += f" --prompts_per_epoch 4 --images_per_prompt 2 {flags}"
+    for part in (f"{small} --num_epochs 1", f"{small} --num_epochs 2", f"--evaluate {tmp_path}"):
+        subprocess.run([sys.executable, "benchmarks/pretend.py", *part.split()], check=True)
+    assert (tmp_path / "evaluation-two.json").exists()
 
 
 def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
