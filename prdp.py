@@ -590,8 +590,8 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
         schedule = DDIMScheduler.load_config(model, subfolder="scheduler")
         prediction = schedule.get("prediction_type", "epsilon")
         if "beta_schedule" not in schedule or prediction not in ("epsilon", "v_prediction"):
-            raise ValueError("it must predict epsilon or v_prediction with a schedule of betas; it "
-                             f"predicts {prediction!r}")
+            raise ValueError(f"its scheduler, a {schedule.get('_class_name')} that predicts "
+                             f"{prediction!r}, must have betas and predict epsilon or v_prediction")
         # Of the scheduler only the noise schedule and the timesteps are used.
         scheduler = DDIMScheduler.from_config(schedule, timestep_spacing="leading", steps_offset=1)
         inputs = UNet2DConditionModel.load_config(model, subfolder="unet")
@@ -623,7 +623,7 @@ def start_distributed() -> torch.device:
     gpus = torch.cuda.device_count()
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device("cuda" if gpus else "cpu")
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus)))  # torchrun sets both
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", gpus or os.environ["WORLD_SIZE"]))
     local_rank = int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % local_size))
     on_gpu = gpus >= local_size  # else two would have to share one
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=20))
@@ -722,7 +722,7 @@ class Run:
                 unet.load_state_dict(unet.state_dict() | state.pop("weights"))
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
-                            f"--lora_rank ({explain(error)}); give another --run_dir") from None
+                            f"--lora_rank ({explain(error)}); give another folder") from None
         for name in [n for n in made_with if n in state["config"].keys() - MAY_CHANGE]:
             then, now = state["config"][name], made_with[name]  # a score may be of another device
             if then != now and not ("score" in name and math.isclose(then, now, rel_tol=1e-3)):
@@ -854,8 +854,7 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
     this policy's samples and the objective of Eq. 6: (prompts, R + 3) float64."""
     count, mine, size = config.samples_per_prompt, my_share(len(prompts)), config.micro_batch_size
     scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 3)
-    rows = math.ceil(size / count)  # prompts that fill a micro-batch
-    for batch in micro_batches(len(mine), rows, "evaluating"):
+    for batch in micro_batches(len(mine), math.ceil(size / count), "evaluating"):  # of prompts
         embeds, latents, log_probs = sample_for_evaluation(config, models, policy, prompts,
                                                            mine[batch], count)
         log_probs_ref = log_probs  # the base's distance from itself is 0
@@ -878,8 +877,7 @@ def evaluate(config: Config, device: torch.device) -> None:
     policies = {"base": models.reference}
     if config.evaluate != "base":
         policies["finetuned"] = models.policy
-        if not Run(config.evaluate).load(models.policy.unet, {})["metrics"]:
-            raise UserError(f"--evaluate {config.evaluate}: there is no checkpoint in it yet")
+        Run(config.evaluate).load(models.policy.unet, {})
     names = [*models.reward.weights, "weighted sum", "kl", "weighted sum - kl_weight * kl"]
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
@@ -948,10 +946,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     defaults |= OBJECTIVES.get(given.objective, {})
     if given.evaluate not in (None, "base"):
         try:
-            flags = json.loads(Path(given.evaluate, "config.json").expanduser().read_text())
+            run = Run(given.evaluate)
+            flags = json.loads((run.folder / "config.json").read_text())
             defaults |= {name: flags.get(name, default) for name, default in defaults.items()}
+            run.checkpoint.stat()  # fails if there is none yet
         except Exception as error:  # no folder, no file, or one with something else in it
-            fail(f"--evaluate {given.evaluate}: not the folder of a run ({explain(error)})")
+            fail(f"--evaluate {given.evaluate}: no run with a checkpoint ({explain(error)})")
         defaults["run_dir"] = given.evaluate
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
@@ -972,13 +972,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # files are safe, and Ctrl-C ends without a word
-    device = start_distributed()
     for library in ("transformers.tokenization_utils_base", "diffusers.pipelines"):
         logging.getLogger(library).setLevel(logging.ERROR)  # `report_cut` tells of long prompts
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")  # an argument of diffusers' own
-    if rank() > 0:
-        transformers.utils.logging.disable_progress_bar()  # the hub's of downloads too
     try:
+        device = start_distributed()
+        if rank() > 0:
+            transformers.utils.logging.disable_progress_bar()  # the hub's of downloads too
         config = parse_config()
         train(config, device) if config.evaluate is None else evaluate(config, device)
     except Exception as error:

@@ -1167,7 +1167,7 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     ("--kl_weight nan", "--kl_weight nan: .* at least 0"),
     ("--model=", "--model : must not be empty"),
     ("--offline --objective ddpo", "--offline: ddpo is a policy gradient"),
-    ("--evaluate nowhere", "--evaluate nowhere: not the folder of a run"),
+    ("--evaluate nowhere", "--evaluate nowhere: no run with a checkpoint .*No such file"),
     ("--learning_rate fast", "--learning_rate.*: invalid float value: 'fast'"),
     ("--learning 1", "--learning")])
 def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, flags, message):
@@ -1193,6 +1193,9 @@ def test_what_a_user_can_mend_has_no_traceback(monkeypatch, capsys, tmp_path, er
         prdp.main()
     assert json.loads((tmp_path / "error.json").read_text())["message"].startswith(told)
     assert ("Traceback" in capsys.readouterr().err) == (type(error) is ValueError)
+    monkeypatch.setattr(os, "environ", os.environ | dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="a"))
+    with pytest.raises(SystemExit, match="^prdp.py: error: ValueError: .*MASTER_PORT"):
+        prdp.main()
 
 
 # --------------------------------------------------------------------------------------- rewards.py
@@ -1552,6 +1555,7 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
     prdp.Run(str(tmp_path)).write_json("config.json", vars(Config()))
+    (tmp_path / "checkpoint.pt").touch()
     pages = {page: page.read_text() for page in
              [ROOT / "README.md", *(ROOT / "benchmarks").rglob("*.md")]}
     anchors = {page: {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")

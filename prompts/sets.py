@@ -62,8 +62,8 @@ SETS = {  # name -> dataset of the hub, and its files
 MADE = {"emoji": (False, None), "emoji-500": (False, 500), "emoji-unseen": (True, 500)}
 NAMES = [*SETS, "hpdv2-500", *MADE]
 COLUMNS = ("prompt", "caption", "text")  # or their plurals, in any case; the first one counts
-# Of lists and JSON: [a], {a, • a, - a, 1. a, <a>, "a", 'a': and text: a.
-MARKED = re.compile(r"""[][{}•] | [-*+–]\s | \(?\d+\s?[-.):|]\s | <.*>$ |
+# Of lists and JSON: [a], {a, • a, | a, - a, 1. a, a) a, <a>, "a", 'a': and text: a.
+MARKED = re.compile(r"""[][{}•|] | [-*+–]\s | \(?\d+\s?[-.):|]\s | [a-z]\)\s | <.*>$ |
     ("[^"]*"|'[^']*')\s*([,:]|$) | (prompt|caption|text)s?(\s\d+)?:""", re.I | re.X)
 
 

@@ -86,6 +86,7 @@ LISTS = ("- a cat\n- a dog", "1. a cat\n2. a dog", "* a cat\n* a dog", "(1) a ca
          "Some prompts:\n\n\u2022 a cat\n\u2022 a dog", "Prompt 1: a cat\nPrompt 2: a dog",
          '{"prompt": "a cat"}\n{"prompt": "a dog"}', '"a cat",\n"a dog"', "['a cat', 'a dog']",
          '[\n  {\n    "id": 1,\n    "text": "a cat"\n  }\n]', "prompts:\n  - a cat\n  - a dog",
+         "| prompt | n |\n|---|---|\n| a cat | 1 |", "a) a cat\nb) a dog",
          "- text: a cat\n  seed: 1", "<li>a cat</li>\n<li>a dog</li>")
 
 
