@@ -769,8 +769,8 @@ def test_any_launchers_processes_join_each_with_its_device(monkeypatch, variable
 
 
 @pytest.mark.parametrize("flags, worlds", [
-    ("--prompts_per_epoch 6", (2, 3)),
-    ("--prompts_per_epoch 12 --objective ddpo --tracker_size 8", (2, 3)),
+    ("--prompts_per_epoch 6", (3,)),
+    ("--prompts_per_epoch 12 --objective ddpo --tracker_size 8", (2,)),
     pytest.param("--prompts_per_epoch 24", (2, 3, 4), marks=slow),
     pytest.param("--prompts_per_epoch 24 --objective grpo", (2, 3, 4), marks=slow)])
 def test_any_number_of_processes_has_the_same_samples_and_curve(tmp_path, flags, worlds):

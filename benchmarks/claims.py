@@ -497,7 +497,7 @@ def predictions_table() -> str:
         verdict = "not run yet"
         if figures:
             counting = COUNTED[counted](figures.values())
-            verdict = "seen" if all(low <= x <= high for x in counting) else "**not seen**"
+            verdict = "seen" if all(low < x < high for x in counting) else "**not seen**"
         bounds = (f"above {low}" if high == math.inf else f"below {high}" if low == -math.inf else
                   f"{low} to {high}")
         rows.append([name, text, f"{counted}: {bounds}", ", ".join(
