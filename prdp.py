@@ -221,7 +221,7 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     latents = noise.to(prompt_embeds.device, copy=True)
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
     for images in micro_batches(len(latents), micro_batch_size, "sampling"):
-        x, embeds = latents[images], prompt_embeds[images]  # x is a view, and noise at first
+        x, embeds = latents[images], prompt_embeds[images]  # x is a view; its noise becomes samples
         for i, t in enumerate(policy.scheduler.timesteps):
             mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
             x[:, i + 1] = mean + std * x[:, i + 1]
