@@ -103,6 +103,11 @@ def test_the_claims_flags_are_those_of_their_logs_whatever_the_presets_are(monke
     assert not logged
 
 
+def test_claim_p_large_is_of_the_preset_demo_large():
+    flags = [*claims.flags_of("demo-large", "PRDP, K = 4"), "--learning_rate", "1e-4"]
+    assert prdp.parse_config(flags) == prdp.parse_config(["--preset", "demo-large"])
+
+
 def test_a_level_of_each_prompt_changes_the_gradient_of_batch_statistics_alone():
     """Claim M of benchmarks/claims.py, at ten times the spread within a prompt. Advantages are all
     that policy gradients see of rewards."""
