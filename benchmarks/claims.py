@@ -437,14 +437,16 @@ def ends_table(claim: Claim) -> str:
 
 def guidance_table(claim: Claim) -> str:
     """The base alone and end policies at several guidance scales, if that was tried."""
-    policies = {"base": [LOGS / claim.world_name / "base"]}
-    policies |= {", ".join(run): folders for run, folders in runs_of(claim).items()}
-    rows = []
+    policies = {", ".join(run): folders for run, folders in runs_of(claim).items()}
+    base = [LOGS / claim.world_name / "base", *itertools.chain(*policies.values())]
+    policies, rows = {"base": base} | policies, []
     for (policy, folders), guidance, prompts in itertools.product(
             policies.items(), GUIDANCES, claim.world.prompts.split(",")):
         at = [folder.with_name(f"{folder.name}-guidance-{guidance}") for folder in folders]
         column = "base" if policy == "base" else "finetuned"
         values = [evaluated(at, prompts, term, column) for term in claim.terms]
+        if policy == "base":  # the same in all of them
+            values = [of_term[:1] for of_term in values]
         rows += [[policy, str(len(values[0])), guidance, prompts, *map(mean_and_error, values)]
                  ] if values[0] else []
     if all(policy == "base" for policy, *_ in rows) and not claim.world.is_preset:
