@@ -443,10 +443,8 @@ def guidance_table(claim: Claim) -> str:
     for (policy, folders), guidance, prompts in itertools.product(
             policies.items(), GUIDANCES, claim.world.prompts.split(",")):
         at = [folder.with_name(f"{folder.name}-guidance-{guidance}") for folder in folders]
-        column = "base" if policy == "base" else "finetuned"
-        values = [evaluated(at, prompts, term, column) for term in claim.terms]
-        if policy == "base":  # the same in all of them
-            values = [of_term[:1] for of_term in values]
+        column, most = ("base", 1) if policy == "base" else ("finetuned", None)  # bases are equal
+        values = [evaluated(at, prompts, term, column)[:most] for term in claim.terms]
         rows += [[policy, str(len(values[0])), guidance, prompts, *map(mean_and_error, values)]
                  ] if values[0] else []
     if all(policy == "base" for policy, *_ in rows) and not claim.world.is_preset:

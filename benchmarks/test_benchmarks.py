@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # read at the first import
@@ -20,17 +19,7 @@ import speed  # noqa: E402
 
 import prdp  # noqa: E402
 from rewards import load_reward  # noqa: E402
-
-with warnings.catch_warnings():  # as in test_prdp.py
-    warnings.simplefilter("ignore")
-    slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(request, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
-        pytest.skip("pytest -m slow")
+from test_prdp import in_the_repository, slow  # noqa: E402, F401  # the fixture is of all tests
 
 
 def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
