@@ -130,6 +130,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
     **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
        for weight in (1, 30, 300, 1000)},
+    "PRDP, K = 4, 80 epochs": (f"{K4} --num_epochs 80", "PRDP, K = 4"),
     "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
     "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
     "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
@@ -222,7 +223,7 @@ CLAIMS = {
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
-    "P-large": Claim("demo-large", ("PRDP, K = 4",)),  # at 1e-4 this is the preset demo-large
+    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, 80 epochs")),  # the preset, twice
 }
 
 
@@ -265,8 +266,7 @@ class Logs:
         """The preset's end less the base's best at any guidance that was tried."""
         if not (tried := list((LOGS / self.claim.world_name).glob("*-guidance-*"))):
             raise LookupError
-        (method,) = self.claim.methods
-        return self.ends(term, method)[0] - max(self.evaluated(tried, term, "base"))
+        return self.ends(term, self.claim.methods[0])[0] - max(self.evaluated(tried, term, "base"))
 
     def folders(self, method: str) -> list[Path]:
         assert method in self.claim.methods, method
