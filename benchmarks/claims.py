@@ -5,7 +5,7 @@
     python benchmarks/claims.py base P         # the base alone at several guidance scales
     python benchmarks/claims.py guidance B4    # the end policies at guidance scales not their own
     python benchmarks/claims.py samples A      # the end policies: a picture, and kinds
-    python benchmarks/claims.py before-after   # the README's picture, of the runs of P
+    python benchmarks/claims.py before-after   # the README's picture, of a run of P-large
     python benchmarks/claims.py report         # all tables and curves, from the logs
 
 `run` and `sweep` call prdp.py with flags. What was interrupted goes on by the same command, and
@@ -751,15 +751,24 @@ def draw_samples(name: str) -> None:
 
 
 def draw_before_after() -> None:
-    """The README's picture: the first reported run of --preset demo, and an image of each of the
-    eight prompts whose animal the judge finds least often in the base's samples."""
-    config, models = load_run(RUNS / runs_of(CLAIMS["P"])["PRDP", "7e-5"][0].relative_to(LOGS))
-    (prompts,) = prdp.load_prompts(config.prompts, print).values()
-    scores = prdp.score_prompts(config, models, models.reference, prompts)  # (45, R + 3)
-    animal = scores[:, list(models.reward.weights).index("animal")]
-    policies = {"before": models.reference, "after": models.policy}
-    draw_grid(config, models, policies, prompts, animal.argsort(stable=True)[:8].tolist(), 1,
-              ROOT / "demo/before-after.png")
+    """The README's picture: the first run of P-large, four unseen sentences spread over the list,
+    three images of each, before and after from the same noise."""
+    folder = next(folder for folder in itertools.chain(*runs_of(CLAIMS["P-large"]).values())
+                  if (RUNS / folder.relative_to(LOGS)).exists())
+    config, models = load_run(RUNS / folder.relative_to(LOGS))
+    (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    for column, part in enumerate(figure.subfigures(1, 4)):
+        index, cells = column * len(prompts) // 4, part.subplots(3, 2)
+        part.suptitle(textwrap.fill(prompts[index].removeprefix("A painting of "), 34), fontsize=9)
+        for side, (label, policy) in enumerate((("before", models.reference),
+                                                ("after", models.policy))):
+            cells[0, side].set_title(label, fontsize=9)
+            latents = prdp.sample_for_evaluation(config, models, policy, prompts, [index], 3)[1]
+            for cell, image in zip(cells[:, side], models.decode(latents[:, -1]), strict=True):
+                cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="bicubic")
+                cell.set(xticks=[], yticks=[])
+    figure.savefig(ROOT / "demo/before-after.png", dpi=100)
 
 
 def draw_grid(config: prdp.Config, models: prdp.Models, policies: dict[str, prdp.Policy],
