@@ -21,7 +21,7 @@ is regression towards that (Eq. 14):
 
 Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
 the policy that sampled the trajectory, and a pair's loss is the larger of plain and clipped.
-Algorithm 1, and the function that does each line (after §4 you have seen all of it):
+Algorithm 1, and the function that does each line (§2 to §5):
 
     for each epoch                                              run_epoch
         pick N prompts, sample B trajectories of each from old  collect_epoch: sample_trajectories
@@ -33,8 +33,7 @@ Algorithm 1, and the function that does each line (after §4 you have seen all o
             backward through the UNet from there                update_policy: backward_log_probs
             a step of AdamW                                     update_policy
 
-In general T Gaussian steps of fixed variance only approach the optimum: in a one-dimensional
-diffusion model of two modes, explained variance ends at 0.74, 0.76, 0.85 for T = 5, 20, 50.
+In general T Gaussian steps of fixed variance only approach the optimum, the nearer the larger T.
 
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
@@ -112,7 +111,7 @@ class Config:
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts in each epoch, of all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
     kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
-    clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step, nats per element; inf")
+    clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step, nats/element, or inf")
     num_steps: int = HfArg(default=50, help="T: denoising steps, best a divisor of 1000")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance; part of the policy")
     learning_rate: float = HfArg(default=1e-5, help="AdamW's learning rate")
@@ -122,8 +121,8 @@ class Config:
     tracker_size: int = HfArg(default=32, help="ddpo: rewards remembered per prompt; 0: none")
     lora_rank: int = HfArg(default=0, help="rank of LoRA adapters; 0 trains all weights")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
-    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="on a GPU, of "
-        "all but rewards; bf16: of the UNet, others in TF32. Default: bf16 at K = 1, else tf32")
+    precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of all but "
+        "rewards; bf16: of the UNet, others in TF32. Default: on a GPU bf16 at K = 1, else tf32")
     micro_batch_size: int = HfArg(default=4, help="images, or (image, step), of one UNet call")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     evaluate: str | None = HfArg(default=None, help="compare this run with its base; or: base")
@@ -482,7 +481,7 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """An epoch's metrics, of the policy before updates; times and memory are rank 0's."""
+    """Metrics: `updates`, all else of the policy before them; times and memory are rank 0's."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
                "pairless_prompts": (rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
@@ -534,7 +533,7 @@ class Models:
         """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
         vae = self.pipeline.vae
         # One 512 x 512 image, or as many smaller ones, at a time: it takes over 1 GiB.
-        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        latents = latents / vae.config.scaling_factor
         slices = latents.split(max(1, 64**2 // latents[0, 0].numel()))
         images = torch.cat([vae.decode(part).sample for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
@@ -562,8 +561,8 @@ def load_models(config: Config, device: torch.device) -> Models:
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # bf16's error in a log-prob (5.6e-3) is larger than what one update changes (2.8e-3). At K = 1
-    # that does no harm, as none is taken after an update. TF32 rounds 8 times finer.
+    # bf16's error in a log-prob is larger than what one update changes. At K = 1 that does no harm,
+    # as none is taken between an epoch's sampling and its update. TF32 rounds 8 times finer.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
     tf32 = precision != "float32"  # of the VAE and text encoder too; rewards switch it off
@@ -802,7 +801,7 @@ def train(config: Config, device: torch.device) -> None:
 
 def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, str | float]:
     """What a run stands on besides its flags, by what to call it: a hash of the prompts, one of the
-    base model's weights, and each reward's score of noise, if it has but one."""
+    base model's weights, and the score of noise by each reward that repeats it."""
     texts, base = hashlib.sha256("\n".join(prompts).encode()), hashlib.sha256()
     for network in (models.reference.unet, models.pipeline.vae, models.pipeline.text_encoder):
         for weight in network.state_dict().values():
@@ -900,7 +899,7 @@ def evaluate(config: Config, device: torch.device) -> None:
         for name, result in results.items():
             cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
                      for column, value in result.items() if math.isfinite(value["mean"])]
-            say(f"{name:<32}{'   '.join(cells) or 'gives these prompts no score'}".replace(
+            say(f"{name:<32}{'   '.join(cells) or 'scores not all of these prompts'}".replace(
                 " ± nan", ""))  # of one prompt
 
 
@@ -956,8 +955,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
-    if min(config.num_steps, config.images_per_prompt + (config.objective == "ddpo")) < 2:
-        fail("--num_steps and --images_per_prompt must be at least 2, as a pair takes two images")
+    images = config.images_per_prompt + (config.objective == "ddpo")  # which needs no pair
+    if min(config.num_steps, images) < 2 or config.kl_weight == 0:
+        fail("--num_steps and --images_per_prompt must be at least 2, and --kl_weight above 0")
     for name, value in asdict(config).items():
         least = int(type(value) is int and name not in ("seed", "tracker_size", "lora_rank"))
         if value == "" or type(value) in (int, float) and not value >= least:

@@ -1164,7 +1164,7 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     ("--images_per_prompt 0 --objective ddpo", "--images_per_prompt must be at least 2"),
     ("--num_epochs -1", "--num_epochs -1: must not be empty, and a number at least 1"),
     ("--micro_batch_size 0", "--micro_batch_size 0: .* at least 1"),
-    ("--kl_weight nan", "--kl_weight nan: .* at least 0"),
+    ("--kl_weight nan", "--kl_weight nan: .* at least 0"), ("--kl_weight 0", "--kl_weight above 0"),
     ("--model=", "--model : must not be empty"),
     ("--offline --objective ddpo", "--offline: ddpo is a policy gradient"),
     ("--evaluate nowhere", "--evaluate nowhere: no run with a checkpoint .*No such file"),
