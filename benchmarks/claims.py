@@ -22,7 +22,7 @@ ablation, a method less one part, has the rate of the whole. Methods differ by t
 alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
 are. P is the preset demo as it is: its sweep is judged by its evaluations, by reward and by
 objective, and the reported seeds have the rate of the preset. P-large is of runs of B4, whose flags
-are those of the preset demo-large (a test).
+are those of the preset demo-large (a test), and of one of them that went on to 80 epochs.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -223,7 +223,7 @@ CLAIMS = {
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
-    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, 80 epochs")),  # the preset, twice
+    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, 80 epochs")),  # preset, longer
 }
 
 

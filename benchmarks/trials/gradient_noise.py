@@ -2,7 +2,7 @@
 one policy, the demo's base model, samples at K = 1. A cosine of c means that the gradient of an
 epoch and the mean gradient have a cosine of about the root of c.
 
-    python benchmarks/trials/gradient_noise.py    # half an hour; writes gradient_noise.json
+    python benchmarks/trials/gradient_noise.py    # 10 minutes; writes gradient_noise.json
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import prdp  # noqa: E402
 
-EPOCHS = 8  # of 264 images
+EPOCHS = 4  # of 264 images
 FLAGS = ("--preset demo --guidance_scale 1.5 --kl_weight 300 "
          "--prompts_per_epoch {} --images_per_prompt {}")
 PROMPTS = {"44 of 45 prompts x 6 images": (45, 44, 6), "one prompt x 264 images": (1, 1, 264)}
