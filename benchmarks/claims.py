@@ -86,6 +86,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.distributions import Categorical
 
 ROOT = Path(__file__).parents[1]
@@ -728,16 +729,21 @@ def load_run(folder: Path) -> tuple[prdp.Config, prdp.Models]:
     return config, models
 
 
+def kept_runs(name: str) -> list[tuple[tuple[str, str], Path]]:
+    """A claim's reported runs whose folders are still there, each with its (method, rate)."""
+    runs = [(run, RUNS / logs.relative_to(LOGS))
+            for run, folders in runs_of(CLAIMS[name]).items() for logs in folders]
+    if not (runs := [(run, folder) for run, folder in runs if folder.exists()]):
+        raise ValueError(f"{RUNS} holds no run of claim {name}")
+    return runs
+
+
 def draw_samples(name: str) -> None:
     """The claim's end policies: a picture of samples from the same prompts and noise, rows of each
     method, and how various the backgrounds and sizes are. It needs the runs themselves, which are
     not kept, and leaves out those that are not there."""
     claim, policies, kinds = CLAIMS[name], {}, {}
-    runs = [(run, RUNS / logs.relative_to(LOGS))
-            for run, folders in runs_of(claim).items() for logs in folders]
-    if not (runs := [(run, folder) for run, folder in runs if folder.exists()]):
-        raise ValueError(f"{RUNS} holds no run of claim {name}")
-    for run, folder in runs:
+    for run, folder in kept_runs(name):
         config, models = load_run(folder)
         if not kinds:
             policies["base"] = models.reference
@@ -746,16 +752,14 @@ def draw_samples(name: str) -> None:
         kinds.setdefault(", ".join(run), []).append(kinds_of(config, models, models.policy))
     (prompts,) = prdp.load_prompts(claim.world.prompts.split(",")[-1], print).values()
     spread = [column * len(prompts) // 8 for column in range(8)]  # over the list
-    draw_grid(config, models, policies, prompts, spread, 3, LOGS / f"{name}-samples.png")
+    draw_grid(config, models, policies, prompts, spread, LOGS / f"{name}-samples.png")
     (LOGS / f"{name}-kinds.json").write_text(json.dumps(kinds, indent=2) + "\n")
 
 
 def draw_before_after() -> None:
     """The README's picture: the first run of P-large, four unseen sentences spread over the list,
     three images of each, before and after from the same noise."""
-    folder = next(folder for folder in itertools.chain(*runs_of(CLAIMS["P-large"]).values())
-                  if (RUNS / folder.relative_to(LOGS)).exists())
-    config, models = load_run(RUNS / folder.relative_to(LOGS))
+    config, models = load_run(kept_runs("P-large")[0][1])
     (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
     for column, part in enumerate(figure.subfigures(1, 4)):
@@ -766,29 +770,33 @@ def draw_before_after() -> None:
             cells[0, side].set_title(label, fontsize=9)
             latents = prdp.sample_for_evaluation(config, models, policy, prompts, [index], 3)[1]
             for cell, image in zip(cells[:, side], models.decode(latents[:, -1]), strict=True):
-                cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="bicubic")
-                cell.set(xticks=[], yticks=[])
+                show(cell, image)
     figure.savefig(ROOT / "demo/before-after.png", dpi=100)
 
 
 def draw_grid(config: prdp.Config, models: prdp.Models, policies: dict[str, prdp.Policy],
-              prompts: list[str], indices: list[int], count: int, file: Path) -> None:
-    """`count` images by each policy of each of eight prompts, all policies from the same noise."""
-    figure = Figure(figsize=(10.4, 1.4 * count * len(policies)), layout="constrained")
-    cells = figure.subplots(count * len(policies), 8)
+              prompts: list[str], indices: list[int], file: Path) -> None:
+    """Three images by each policy of each of eight prompts, all policies from the same noise."""
+    figure = Figure(figsize=(10.4, 4.2 * len(policies)), layout="constrained")
+    cells = figure.subplots(3 * len(policies), 8)
     for i, (label, policy) in enumerate(policies.items()):
-        latents = prdp.sample_for_evaluation(config, models, policy, prompts, indices, count)[1]
-        images = models.decode(latents[:, -1]).unflatten(0, (8, count))
-        for row, column in itertools.product(range(count), range(8)):
-            cell = cells[i * count + row, column]
-            cell.imshow(images[column, row].permute(1, 2, 0).numpy(), interpolation="bicubic")
-            cell.set(xticks=[], yticks=[])
+        latents = prdp.sample_for_evaluation(config, models, policy, prompts, indices, 3)[1]
+        images = models.decode(latents[:, -1]).unflatten(0, (8, 3))
+        for row, column in itertools.product(range(3), range(8)):
+            cell = cells[i * 3 + row, column]
+            show(cell, images[column, row])
             if column == 0:
                 cell.set_ylabel(label)
             if i == row == 0:
                 title = prompts[indices[column]].removeprefix("A painting of ")
                 cell.set_title(textwrap.fill(title, 18), fontsize=9)
     figure.savefig(file, dpi=100)
+
+
+def show(cell: Axes, image: Tensor) -> None:
+    """An image (3, H, W) without axes."""
+    cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="bicubic")
+    cell.set(xticks=[], yticks=[])
 
 
 def kinds_of(config: prdp.Config, models: prdp.Models, policy: prdp.Policy) -> dict[str, float]:

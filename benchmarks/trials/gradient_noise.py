@@ -44,9 +44,10 @@ if __name__ == "__main__":
     rows = {}
     for name, sizes in PROMPTS.items():
         of_epochs = gradients(*sizes)
-        for kind, change in (("gradients", Tensor.double), ("their signs", torch.sign)):
-            cosines = [torch.cosine_similarity(change(a), change(b), dim=0).item()
-                       for a, b in itertools.combinations(of_epochs, 2)]
+        of_signs = [gradient.sign() for gradient in of_epochs]
+        for kind, vectors in (("gradients", of_epochs), ("their signs", of_signs)):
+            cosines = [torch.cosine_similarity(a, b, dim=0).item()
+                       for a, b in itertools.combinations(vectors, 2)]
             rows[f"{name}, {kind}"] = {"mean": statistics.fmean(cosines), "cosines": cosines}
     text = json.dumps(rows, indent=1)
     Path(__file__).with_suffix(".json").write_text(text + "\n")
