@@ -1200,7 +1200,6 @@ def test_what_a_user_can_mend_has_no_traceback(monkeypatch, capsys, tmp_path, er
 
 # --------------------------------------------------------------------------------------- rewards.py
 
-
 httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
 TINY_CLIP = {
     "embed_dim": 32,
@@ -1521,7 +1520,6 @@ def test_a_reward_that_fails_is_named_and_its_traceback_kept(tmp_path, fault, ki
 
 # ------------------------------------------------------------------------------------------ the hub
 
-
 @pytest.mark.parametrize("status, code, reason", [
     (401, "", "401: it is private or gated.*`hf auth login` or set HF_TOKEN"),
     (404, "RepoNotFound", "404: there is no such repository"), (503, "", "503; try again later"),
@@ -1551,7 +1549,6 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
 
 
 # ---------------------------------------------------------------------------------------- documents
-
 
 def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
     prdp.Run(str(tmp_path)).write_json("config.json", vars(Config()))

@@ -840,10 +840,9 @@ def main() -> None:
         return evaluate_guidance(claim, f"{world}/base", GUIDANCES, *claim.world.flags.split(),
                                  "--evaluate", "base")
     if arguments.what == "guidance":
-        for folder in itertools.chain(*runs_of(claim).values()):
-            name = str(folder.relative_to(LOGS))
-            if (RUNS / name).exists():
-                evaluate_guidance(claim, name, OTHER_GUIDANCES, "--evaluate", f"runs/claims/{name}")
+        for _, folder in kept_runs(arguments.claim):
+            name = str(folder.relative_to(RUNS))
+            evaluate_guidance(claim, name, OTHER_GUIDANCES, "--evaluate", f"runs/claims/{name}")
         return None
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
     given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
