@@ -128,6 +128,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "PRDP, 400 epochs": ("--num_epochs 400", "1e-4"),
     "GRPO, K = 4": (f"--objective grpo {K4}", "GRPO, K = 4"),
     "DDPO, 40 epochs": (f"{DDPO} --num_epochs 40", "DDPO"),
+    "DDPO, low rate, 40 epochs": (f"{DDPO} --num_epochs 40", "1e-4"),  # PRDP's at K = 4
     "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
     **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
        for weight in (1, 30, 300, 1000)},
@@ -200,7 +201,8 @@ class Claim:
 JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
     "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
-    "A4": Claim("demo", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 40 epochs"), "2,3,4,5,6"),
+    "A4": Claim("demo", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 40 epochs",
+                         "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs"),
                 "2,3,4,5,6"),
@@ -602,6 +604,12 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
     for first, second in (("A", "B"), ("A4", "B4")):
         if {first, second} <= shown.keys():
             draw([shown[first], shown[second]], LOGS / f"{first}-and-{second}.png")
+    both = [replace(shown[at_4], methods=(*CLAIMS[at_1].methods, *shown[at_4].methods))
+            for at_1, at_4 in (("A", "A4"), ("B", "B4")) if at_4 in shown]
+    if both:
+        draw_distance(both, LOGS / "distance.png")
+        text += ("## Reward against distance\n\n"
+                 f"{draw_distance.__doc__}\n\n![distance](distance.png)\n\n")
     if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
         draw_gains(mechanism)
         text += f"## Gain against share\n\n{draw_gains.__doc__}\n\n![gains](gains.png)\n\n"
@@ -670,6 +678,31 @@ def draw(claims: list[Claim], file: Path) -> None:
         column[0].set_title(claim.world.title)
         column[1].set_xlabel("images drawn in training")
     figure.savefig(file, dpi=100)
+
+
+def draw_distance(claims: list[Claim], file: Path) -> None:
+    """How far from the base a policy had to go for its reward (above) and the judge (below). A
+    point is an epoch, the mean over seeds of the samples of training. Methods are left out whose
+    logs have no kl."""
+    figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
+    for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
+                             strict=True):
+        for run, folders in runs_of(claim).items():
+            if read(folders[0])[0]["kl"] is not None:
+                for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
+                    axes.plot(mean_curve(folders, "kl"), mean_curve(folders, f"reward/{term}"),
+                              ".-", label=", ".join(run))
+                    axes.set_ylabel(f"{kind}: {term}")
+        column[0].legend()
+        column[0].set_title(claim.world.title)
+        column[1].set_xlabel("kl to the base, nats per latent element and step")
+    figure.savefig(file, dpi=100)
+
+
+def mean_curve(folders: list[Path], key: str) -> list[float]:
+    """A metric in each epoch, the mean over seeds."""
+    return [statistics.fmean(line[key] for line in lines)
+            for lines in zip(*map(read, folders), strict=True)]
 
 
 def draw_curves(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
