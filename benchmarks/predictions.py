@@ -21,6 +21,8 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
     ("B4", "reward of PRDP less that of DDPO with as much time",
      lambda of: of.lead("DDPO, 100 epochs"), "mean", -INF, 0),
+    ("B4", "the same at PRDP's rate",
+     lambda of: of.lead("DDPO, low rate, 100 epochs"), "mean", -INF, 0),
     ("C", "epochs by which PRDP collapses later with the norm clip alone than without any",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
      of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
