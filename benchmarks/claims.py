@@ -72,6 +72,7 @@ low rate in B4 is of after its run of A4.
 import argparse
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -612,10 +613,11 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
     if both:
         draw_distance(both, LOGS / "distance.png")
         text += ("## Reward against distance\n\n"
-                 f"{draw_distance.__doc__}\n\n![distance](distance.png)\n\n")
+                 f"{inspect.cleandoc(draw_distance.__doc__)}\n\n![distance](distance.png)\n\n")
     if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
         draw_gains(mechanism)
-        text += f"## Gain against share\n\n{draw_gains.__doc__}\n\n![gains](gains.png)\n\n"
+        text += ("## Gain against share\n\n"
+                 f"{inspect.cleandoc(draw_gains.__doc__)}\n\n![gains](gains.png)\n\n")
     text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
     text += costs_table()
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -686,17 +688,22 @@ def draw(claims: list[Claim], file: Path) -> None:
 def draw_distance(claims: list[Claim], file: Path) -> None:
     """How far from the base a policy had to go for its reward (above) and the judge (below). A
     point is an epoch, the mean over seeds of the samples of training. Methods are left out whose
-    logs have no kl."""
+    logs have no kl. A method has one colour; its second rate is dotted."""
+    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
-        for run, folders in runs_of(claim).items():
+        rates = Counter()
+        for (method, rate), folders in runs_of(claim).items():
             if read(folders[0])[0]["kl"] is not None:
                 for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
                     axes.plot(mean_curve(folders, "kl"), mean_curve(folders, f"reward/{term}"),
-                              ".-", label=", ".join(run))
+                              marker=".", linestyle=("-", ":")[rates[method]],
+                              color=f"C{methods.index(method)}",
+                              label=f"{method}, {rate} (seeds: {len(folders)})")
                     axes.set_ylabel(f"{kind}: {term}")
-        column[0].legend()
+                rates[method] += 1
+        column[1].legend(loc="lower right", fontsize="small")
         column[0].set_title(claim.world.title)
         column[1].set_xlabel("kl to the base, nats per latent element and step")
     figure.savefig(file, dpi=100)
