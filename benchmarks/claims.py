@@ -82,7 +82,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -664,24 +664,16 @@ def costs_table() -> str:
 
 
 def draw(claims: list[Claim], file: Path) -> None:
-    """A column for each claim: reward above, judge below, against images drawn; the mean over seeds
-    and their range. A method has one colour, and a line style for each of its rates."""
-    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
+    """Reward and judge against images drawn: the mean over seeds and their range."""
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
-    for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
-                             strict=True):
-        rates = Counter()
-        for (method, rate), folders in runs_of(claim).items():
-            draw_method, lines = ((draw_curves, ("-", ":")) if has_curves(method) else
-                                  (draw_ends, ("--", "-.")))
-            draw_method(claim, folders, column, color=f"C{methods.index(method)}",
-                        linestyle=lines[rates[method]], label=f"{method}, {rate}")
-            rates[method] += 1
-        for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
-            axes.set_ylabel(f"{kind}: {term}")
-        column[0].legend()
-        column[0].set_title(claim.world.title)
-        column[1].set_xlabel("images drawn in training")
+    for claim, column, method, folders, style in panels(claims, figure, "images drawn in training"):
+        if has_curves(method):
+            draw_curves(claim, folders, column, **style)
+        else:
+            dashed = {"-": "--", ":": "-."}[style["linestyle"]]
+            draw_ends(claim, folders, column, **style | {"linestyle": dashed})
+    for axes in figure.axes[: len(claims)]:
+        axes.legend()
     figure.savefig(file, dpi=100)
 
 
@@ -689,24 +681,37 @@ def draw_distance(claims: list[Claim], file: Path) -> None:
     """How far from the base a policy had to go for its reward (above) and the judge (below). A
     point is an epoch, the mean over seeds of the samples of training. Methods are left out whose
     logs have no kl. A method has one colour; its second rate is dotted."""
-    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
+    x_label = "kl to the base, nats per latent element and step"
+    for claim, column, _, folders, style in panels(claims, figure, x_label):
+        if read(folders[0])[0]["kl"] is not None:
+            style["label"] += f" (seeds: {len(folders)})"
+            for axes, term in zip(column, claim.curves.values(), strict=True):
+                axes.plot(mean_curve(folders, "kl"), mean_curve(folders, f"reward/{term}"),
+                          marker=".", **style)
+    for axes in figure.axes[len(claims) :]:
+        axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(file, dpi=100)
+
+
+def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
+        tuple[Claim, Iterable[Axes], str, list[Path], dict[str, str]]]:
+    """A column of axes for each claim, reward above, judge below. Yields what may be drawn there: a
+    claim, its column, a method, its runs at one rate, and their style. A method has one colour in
+    the figure, and a line style for each of its rates."""
+    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
         rates = Counter()
         for (method, rate), folders in runs_of(claim).items():
-            if read(folders[0])[0]["kl"] is not None:
-                for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
-                    axes.plot(mean_curve(folders, "kl"), mean_curve(folders, f"reward/{term}"),
-                              marker=".", linestyle=("-", ":")[rates[method]],
-                              color=f"C{methods.index(method)}",
-                              label=f"{method}, {rate} (seeds: {len(folders)})")
-                    axes.set_ylabel(f"{kind}: {term}")
-                rates[method] += 1
-        column[1].legend(loc="lower right", fontsize="small")
+            yield claim, column, method, folders, dict(
+                color=f"C{methods.index(method)}", linestyle="-:"[rates[method]],
+                label=f"{method}, {rate}")
+            rates[method] += 1
+        for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
+            axes.set_ylabel(f"{kind}: {term}")
         column[0].set_title(claim.world.title)
-        column[1].set_xlabel("kl to the base, nats per latent element and step")
-    figure.savefig(file, dpi=100)
+        column[1].set_xlabel(x_label)
 
 
 def mean_curve(folders: list[Path], key: str) -> list[float]:
