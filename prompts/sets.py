@@ -285,7 +285,7 @@ def main() -> None:
                 sys.exit(f"prompts/sets.py: error: {name} cannot be copied ({explain(error)})")
         case _:
             print("usage: python -m prompts.sets NAME FILE, where NAME is one of", *NAMES, sep="\n")
-            sys.exit(len(sys.argv) > 2)
+            sys.exit(sys.argv[1:] not in ([], ["-h"], ["--help"]))
 
 
 if __name__ == "__main__":

@@ -206,6 +206,15 @@ def test_a_set_that_cannot_be_kept_is_read_and_copied_all_the_same(tmp_path, mon
     assert (tmp_path / "copy.txt").read_text() == "a\nb\n"
 
 
+@pytest.mark.parametrize("arguments, code", [("", 0), ("--help", 0), ("hpdv2", 1), ("a b", 1)])
+def test_what_is_no_copy_prints_the_sets_and_fails_if_one_was_meant(monkeypatch, capsys, arguments,
+                                                                    code):
+    monkeypatch.setattr(sys, "argv", ["sets.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        prompts.sets.main()
+    assert end.value.code == code and "\nhpdv2\n" in capsys.readouterr().out
+
+
 def test_commas_separate_a_flags_items_and_quotes_keep_them():
     assert split_list(' a, "b, c=2","d""e"', "--reward") == ["a", "b, c=2", 'd"e']
     for text in ("", " ", ",", "a,", 'a,"b', '"a"b'):
