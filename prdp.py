@@ -42,7 +42,7 @@ Deviations from the paper
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
  3. Rewards are float32, of images rounded to 8 bits, and log-probs are averaged in float64.
  4. A prompt whose rewards all tie has loss 0, not a mean over nothing. No gradient, no update.
- 5. An epoch's N prompts differ if there are N of them (Algorithm 1 picks them independently).
+ 5. An epoch's N prompts come about equally often (Algorithm 1 picks them independently).
  6. On a GPU the UNet is in bf16 at K = 1, in TF32 at K > 1, the VAE and text encoder in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
@@ -194,10 +194,13 @@ class Policy:
     guidance_scale: float
     is_bf16: bool = False
 
+    def autocast(self) -> torch.autocast:
+        """To bf16, if is_bf16. Until the outermost one ends, weights that learn are cast once."""
+        return torch.autocast(self.negative_embeds.device.type, torch.bfloat16, self.is_bf16)
+
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (P, C, H, W) and std (P, 1, 1, 1) of the step from latents (P, C, H, W) at timesteps
-        (P,), for prompts with embeds (P, L, F)."""
-        with torch.autocast(latents.device.type, torch.bfloat16, self.is_bf16):
+        """`ddim_mean_std` of this policy's step, for prompts with embeds (P, L, F)."""
+        with self.autocast():
             noise_pred = predict_noise(self.unet, latents, timesteps, embeds, self.negative_embeds,
                                        self.guidance_scale)
         return ddim_mean_std(self.scheduler, noise_pred, latents, timesteps)
@@ -219,12 +222,13 @@ def sample_trajectories(policy: Policy, prompt_embeds: Tensor, noise: Tensor,
     """
     latents = noise.to(prompt_embeds.device, copy=True)
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
-    for images in micro_batches(len(latents), micro_batch_size, "sampling"):
-        x, embeds = latents[images], prompt_embeds[images]  # x is a view; its noise becomes samples
-        for i, t in enumerate(policy.scheduler.timesteps):
-            mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-            x[:, i + 1] = mean + std * x[:, i + 1]
-            log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    with policy.autocast():
+        for images in micro_batches(len(latents), micro_batch_size, "sampling"):
+            x, embeds = latents[images], prompt_embeds[images]  # x is a view; noise becomes samples
+            for i, t in enumerate(policy.scheduler.timesteps):
+                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                x[:, i + 1] = mean + std * x[:, i + 1]
+                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return latents, log_probs
 
 
@@ -237,11 +241,12 @@ def trajectory_log_probs(policy: Policy, prompt_embeds: Tensor, latents: Tensor,
     element; bit for bit those of sampling, if this policy sampled them in such micro-batches.
     """
     log_probs = latents.new_empty(len(latents), latents.shape[1] - 1, dtype=torch.float64)
-    for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
-        x, embeds = latents[images], prompt_embeds[images]
-        for i, t in enumerate(policy.scheduler.timesteps):
-            mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
-            log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
+    with policy.autocast():
+        for images in micro_batches(len(latents), micro_batch_size, "scoring trajectories"):
+            x, embeds = latents[images], prompt_embeds[images]
+            for i, t in enumerate(policy.scheduler.timesteps):
+                mean, std = policy.mean_std(x[:, i], t.expand(len(x)), embeds)
+                log_probs[images, i] = gaussian_log_prob(x[:, i + 1], mean, std)
     return log_probs
 
 
@@ -392,18 +397,15 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
         embeds = embeds.repeat_interleave(B, 0)  # (P, L, F)
         unet = copy.deepcopy(models.reference.unet).to(embeds.device)
         reference = replace(models.reference, unet=unet)  # freed when this function ends
-        # An outer autocast keeps the weights that inner ones have cast to bf16, for all steps.
-        with torch.autocast(embeds.device.type, torch.bfloat16, models.policy.is_bf16):
-            if config.offline:
-                latents, log_probs_ref = sample_trajectories(reference, embeds, noise, size)
-                log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
-            else:
-                latents, log_probs_old = sample_trajectories(models.policy, embeds, noise, size)
-                log_probs_ref = trajectory_log_probs(reference, embeds, latents, size)
+        if config.offline:
+            latents, log_probs_ref = sample_trajectories(reference, embeds, noise, size)
+            log_probs_old = trajectory_log_probs(models.policy, embeds, latents, size)
+        else:
+            latents, log_probs_old = sample_trajectories(models.policy, embeds, noise, size)
+            log_probs_ref = trajectory_log_probs(reference, embeds, latents, size)
 
     with timed(seconds, "seconds_scoring"):
-        image_prompts = [epoch_prompts[i] for i, _ in indices]  # P
-        terms = models.score(latents[:, -1], image_prompts, size)  # name -> (P,)
+        terms = models.score(latents[:, -1], [epoch_prompts[i] for i, _ in indices], size)
         rewards = gather(models.reward.total(terms).unflatten(0, (-1, B)))  # (N, B)
     for prompt, of_prompt in zip(epoch_prompts, rewards, strict=True):
         if not of_prompt.isfinite().all():
@@ -453,7 +455,7 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
 
 def batches_of_updates(config: Config, trajectories: Trajectories) -> list[Trajectories]:
     """What each of an epoch's K updates takes: all trajectories. An update of a policy gradient
-    takes a K-th of the prompts, and no prompt comes twice, as in DDPO."""
+    takes those of a K-th of the N prompts, so each is used once, as in DDPO."""
     K = config.updates_per_epoch
     if config.objective not in POLICY_GRADIENTS:
         return [trajectories] * K
@@ -532,7 +534,7 @@ class Models:
     def decode(self, latents: Tensor) -> Tensor:
         """x_0 (P, C, H, W) -> images (P, 3, 8H, 8W) in [0, 1]."""
         vae = self.pipeline.vae
-        # One 512 x 512 image, or as many smaller ones, at a time: it takes over 1 GiB.
+        # One 512 x 512 image, or as many smaller ones, at a time: it takes nearly 1 GiB.
         latents = latents / vae.config.scaling_factor
         slices = latents.split(max(1, 64**2 // latents[0, 0].numel()))
         images = torch.cat([vae.decode(part).sample for part in slices])
@@ -561,8 +563,8 @@ def load_models(config: Config, device: torch.device) -> Models:
                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # bf16's error in a log-prob is larger than what one update changes. At K = 1 that does no harm,
-    # as none is taken between an epoch's sampling and its update. TF32 rounds 8 times finer.
+    # bf16's error in a log-prob is larger than what one update changes. At K = 1 that does no harm:
+    # no update lies between two log-probs that are compared. TF32 rounds 8 times finer.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
     tf32 = precision != "float32"  # of the VAE and text encoder too; rewards switch it off
@@ -615,7 +617,6 @@ def load_pipeline(config: Config) -> StableDiffusionPipeline:
 
 
 # ---------------------------------------------------------------------------------- §6 Distributed
-# Everything that uses torch.distributed, except the last lines of main.
 
 def start_distributed() -> torch.device:
     """Join the processes of a launcher, if it has set env://'s variables. Returns the device."""
@@ -652,7 +653,7 @@ def gather(values: Tensor) -> Tensor:
     """values (n, ...) of every process's share -> those of all indices in order, (N, ...)."""
     if world_size() == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(world_size())]
+    parts = [values.new_empty(values.shape) for _ in range(world_size())]
     dist.all_gather(parts, values.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
 
@@ -745,7 +746,6 @@ class Run:
         pipeline, network = models.pipeline, models.policy.unet
         if hasattr(network, "peft_config"):
             from peft import get_peft_model_state_dict
-
             pipeline.save_lora_weights(self.folder / "lora", get_peft_model_state_dict(network))
         else:
             network.save_pretrained(self.folder / "unet")
@@ -833,7 +833,7 @@ def save_grid(config: Config, models: Models, policies: list[Policy], prompts: l
               run: Run, name: str) -> None:
     """A picture: a column for each of up to eight prompts, spread over the list; three rows for
     each policy. Not more images than an epoch has on this process, as sampling may be slow."""
-    most = config.prompts_per_epoch * config.images_per_prompt // world_size()
+    most = max(1, config.prompts_per_epoch * config.images_per_prompt // world_size())
     columns = min(8, len(prompts), most)
     indices = [column * len(prompts) // columns for column in range(columns)]
     say(f"drawing {run.folder / name}: {' | '.join(prompts[index][:60] for index in indices)}")
@@ -852,7 +852,7 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
     """Mean over the images of each prompt of every reward, the weighted sum, the KL estimate of
     this policy's samples and the objective of Eq. 6: (prompts, R + 3) float64."""
     count, mine, size = config.samples_per_prompt, my_share(len(prompts)), config.micro_batch_size
-    scores = torch.zeros(math.ceil(len(prompts) / world_size()), len(models.reward.weights) + 3)
+    scores = torch.zeros(len(prompts) // world_size() + 1, len(models.reward.weights) + 3).double()
     for batch in micro_batches(len(mine), math.ceil(size / count), "evaluating"):  # of prompts
         embeds, latents, log_probs = sample_for_evaluation(config, models, policy, prompts,
                                                            mine[batch], count)
@@ -865,7 +865,7 @@ def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[
         total = models.reward.total(terms)
         of_all = torch.stack([*terms.values(), total, kl, total - config.kl_weight * kl], 1)
         scores[batch] = of_all.unflatten(0, (-1, count)).mean(1)
-    return gather(scores.to(policy.negative_embeds.device))[: len(prompts)].double()
+    return gather(scores.to(policy.negative_embeds.device))[: len(prompts)]
 
 
 def evaluate(config: Config, device: torch.device) -> None:

@@ -1149,6 +1149,14 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     assert results["clip"]["base"]["standard_error"] is None
 
 
+def test_a_grid_has_an_image_even_where_processes_outnumber_an_epochs(tmp_path, monkeypatch,
+                                                                      demo_models):
+    monkeypatch.setattr(prdp, "world_size", lambda: 9)
+    prdp.save_grid(prdp.parse_config(DEMO), demo_models, [demo_models.policy], CAT_AND_BAT,
+                   prdp.Run(str(tmp_path)), "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (160, 160)
+
+
 # ------------------------------------------------------------------------------ §10 Flags and main
 
 @pytest.mark.parametrize("flags, message", [

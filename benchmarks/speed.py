@@ -465,8 +465,9 @@ def weights_gib(network: torch.nn.Module) -> float:
 
 def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpointing: bool,
               is_bf16: bool) -> dict[str, float]:
-    """GiB of the weights that learn, and at its peak of an update and of sampling, by the size of
-    the micro-batches. Weights and gradients are not in the peaks."""
+    """GiB of the weights that learn, and at its peak of an update and of the reference's pass, its
+    own weights included, by the size of the micro-batches. The policy's weights and gradients are
+    not in the peaks. The pass takes no less than sampling: all its weights are cast and kept."""
     import peft
 
     def update(latents: Tensor, embeds: Tensor) -> None:
@@ -474,9 +475,9 @@ def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpoint
         mean, std = policy.mean_std(latents[:, 0], timesteps, embeds)
         prdp.gaussian_log_prob(latents[:, 1], mean, std).sum().backward()
 
-    def sample(latents: Tensor, embeds: Tensor) -> None:
-        with torch.autocast(memory.device.type, torch.bfloat16, is_bf16):  # as in collect_epoch
-            prdp.trajectory_log_probs(policy, embeds, latents, len(latents))
+    def refer(latents: Tensor, embeds: Tensor) -> None:
+        unet.requires_grad_()  # as the reference's weights, so that autocast keeps their casts
+        prdp.trajectory_log_probs(policy, embeds, latents, len(latents))
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**shape["unet"]).eval()
@@ -500,13 +501,12 @@ def memory_of(memory: Count | Allocator, shape: dict, lora_rank: int, checkpoint
         policy = prdp.Policy(unet, scheduler, negative_embeds, GUIDANCE, is_bf16)
         side = shape["unet"]["sample_size"]
         gib = {"trained": sum(w.nbytes for w in unet.parameters() if w.requires_grad) / GIB}
-        for size in MICRO_BATCHES:
+        for (name, task), size in itertools.product(
+                (("update", update), ("reference", refer)), MICRO_BATCHES):
             inputs = torch.randn(size, 3, 4, side, side), policy.negative_embeds.repeat(size, 1, 1)
-            try:
-                gib[f"update, M = {size}"] = peak_above(memory, update, *inputs)
-                gib[f"sampling, M = {size}"] = peak_above(memory, sample, *inputs)
-            except torch.OutOfMemoryError:
-                break
+            with contextlib.suppress(torch.OutOfMemoryError):
+                gib[f"{name}, M = {size}"] = peak_above(memory, task, *inputs)
+                gib[f"{name}, M = {size}"] += weights_gib(unet) * (name == "reference")
     return gib
 
 
@@ -537,9 +537,12 @@ def memory(tiny: bool = False) -> list[dict]:
                  "CUDA, cuDNN and NCCL, about": 1.0}
     for row in rows:
         if row[""] == "counted":
-            # Gradients and two moments are of the weights' size.
-            rest = sum(fixed.values()) + 3 * row["trained"]
-            by_size = {size: rest + row[f"update, M = {size}"] for size in MICRO_BATCHES}
+            # Gradients, which only an update has, and two moments are of the weights' size. The
+            # reference is still there when the images are decoded.
+            rest = sum(fixed.values()) + 2 * row["trained"]
+            by_size = {size: rest + max(row["trained"] + row[f"update, M = {size}"],
+                                        row[f"reference, M = {size}"], fixed["UNet"] + decoding)
+                       for size in MICRO_BATCHES}
             fits = {f"{card} GB": max((size for size, gib in by_size.items()
                                        if gib + MARGIN <= usable), default="none")
                     for card, usable in CARDS.items()}
@@ -547,7 +550,7 @@ def memory(tiny: bool = False) -> list[dict]:
             sums.append(names | {f"M = {size}": gib for size, gib in by_size.items()} | fits)
     print_table("memory, GiB", rows)
     print_table(f"always there, GiB (decoding an image takes another {decoding:.2f})", [fixed])
-    print_table("the sum of an update on one of 8 GPUs, GiB, and the largest M by card", sums)
+    print_table("the sum at its peak on one of 8 GPUs, GiB, and the largest M by card", sums)
     write_json("memory" + "-tiny" * tiny, rows=rows, fixed=fixed, decoding=decoding, sums=sums)
     return rows
 
