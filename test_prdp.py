@@ -269,6 +269,22 @@ def test_noise_is_standard_normal_and_a_function_of_its_key():
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.1)
 
 
+def test_a_pass_in_bf16_casts_a_weight_once_and_forgets_it_at_its_end(demo_models):
+    """So that the bf16 weights of one network at a time take memory."""
+    policy, embeds = replace(demo_models.policy, is_bf16=True), demo_models.encode_prompts(["a"])
+    latents = torch.randn(1, 5, *demo_models.latent_shape)  # of DEMO's 4 steps
+    score = lambda: prdp.trajectory_log_probs(policy, embeds, latents, 1)
+    expected, weight = score(), policy.unet.conv_out.weight
+
+    def forget(*_):  # the weight itself, after step 0
+        weight.data.zero_()
+
+    hook = policy.unet.register_forward_hook(forget)
+    assert torch.equal(score(), expected)
+    hook.remove()
+    assert not torch.isclose(score(), expected).any()
+
+
 # -------------------------------------------------------------------------------- §3 The objective
 
 def plain_loop_loss(log_probs, old, ref, rewards, clip_range, kl_weight):
