@@ -49,7 +49,7 @@ What should be seen of the later claims stands in predictions.py, written before
 
 A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as much time, once at
         the rate that was best from as many images and once at PRDP's, which is lower. On 45
-        prompts PRDP has 40 epochs, too: as many images as that DDPO.
+        prompts PRDP has 40 epochs, too, as many images as that DDPO, also at half its rate.
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
 E2      E at rates that a KL weight can hold.
 L       Long runs: 400 epochs.
@@ -67,7 +67,7 @@ A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another ra
 begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep seed 0 has three
 rates. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
 C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at
-a low rate in B4 and of PRDP's 40 epochs in A4 are of after A4's first run of DDPO at a low rate.
+a low rate in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate.
 """
 
 import argparse
@@ -138,6 +138,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
        for weight in (1, 30, 300, 1000)},
     "PRDP, K = 4, 40 epochs": (f"{K4} --num_epochs 40", "PRDP, K = 4"),
+    "PRDP, K = 4, low rate, 40 epochs": (f"{K4} --num_epochs 40", "5e-5"),
     "PRDP, K = 4, 80 epochs": (f"{K4} --num_epochs 80", "PRDP, K = 4"),
     "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
     "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
@@ -207,8 +208,9 @@ class Claim:
 JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
     "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
-    "A4": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, 40 epochs", "GRPO, K = 4", "DDPO",
-                         "DDPO, 40 epochs", "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
+    "A4": Claim("demo", (
+        "PRDP, K = 4", "PRDP, K = 4, 40 epochs", "PRDP, K = 4, low rate, 40 epochs", "GRPO, K = 4",
+        "DDPO", "DDPO, 40 epochs", "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs",
                                "DDPO, low rate, 100 epochs"), "2,3,4,5,6"),

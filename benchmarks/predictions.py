@@ -19,6 +19,11 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
     ("A4", "reward of PRDP with 40 epochs less that of DDPO with 40 at PRDP's rate",
      lambda of: of.curve("PRDP, K = 4, 40 epochs")[-1] - of.curve("DDPO, low rate, 40 epochs")[-1],
      "mean", 0, INF),
+    ("A4", "the same with half the rate for PRDP",
+     lambda of: of.curve("PRDP, K = 4, low rate, 40 epochs")[-1] -
+     of.curve("DDPO, low rate, 40 epochs")[-1], "mean", 0, INF),
+    ("A4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate, 40 epochs", "kl")[-1],
+     "mean", 0.03, 0.06),
     ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4")[-1], "mean", 0.672, 0.678),
     ("B4", "reward of PRDP less that of DDPO with as many images",
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
