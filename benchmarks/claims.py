@@ -498,7 +498,7 @@ def explained_table(claim: Claim) -> str:
 
 
 def predictions_table() -> str:
-    """Which were seen. A seed counts when all logs are there that a prediction needs."""
+    """Which came true. A seed counts when all logs are there that a prediction needs."""
     rows = []
     for name, text, figure_of, counted, low, high in PREDICTIONS:
         figures = {}
@@ -508,12 +508,12 @@ def predictions_table() -> str:
         verdict = "not run yet"
         if figures:
             counting = COUNTED[counted](figures.values())
-            verdict = "seen" if all(low < x < high for x in counting) else "**not seen**"
+            verdict = "yes" if all(low < x < high for x in counting) else "**no**"
         bounds = (f"above {low}" if high == math.inf else f"below {high}" if low == -math.inf else
                   f"{low} to {high}")
         rows.append([name, text, f"{counted}: {bounds}", ", ".join(
             f"{figure:.4f} ({seed})" for seed, figure in figures.items()), verdict])
-    return table(["claim", "figure", "predicted", "found (seed)", "so"], rows)
+    return table(["claim", "figure", "predicted", "found (seed)", "was it so?"], rows)
 
 
 def kinds_table(file: Path) -> str:

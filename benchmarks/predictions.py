@@ -12,11 +12,11 @@ INF = math.inf
 HELD = ("PRDP, JPEG, low rate, KL 300", "PRDP, JPEG, low rate, KL 1000")
 FREE = ("GRPO, 400 epochs", "RLOO, 400 epochs")
 PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
-    ("A4", "reward of PRDP less that of DDPO with as many images",
+    ("A4", "reward of PRDP minus that of DDPO with as many images",
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
-    ("A4", "reward of PRDP less that of DDPO with as much time",
+    ("A4", "reward of PRDP minus that of DDPO with as much time",
      lambda of: of.lead("DDPO, 40 epochs"), "mean", -INF, 0),
-    ("A4", "reward of PRDP with 40 epochs less that of DDPO with 40 at PRDP's rate",
+    ("A4", "reward of PRDP with 40 epochs minus that of DDPO with 40 at PRDP's rate",
      lambda of: of.curve("PRDP, K = 4, 40 epochs")[-1] - of.curve("DDPO, low rate, 40 epochs")[-1],
      "mean", 0, INF),
     ("A4", "the same with half the rate for PRDP",
@@ -25,13 +25,13 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
     ("A4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate, 40 epochs", "kl")[-1],
      "mean", 0.03, 0.06),
     ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4")[-1], "mean", 0.672, 0.678),
-    ("B4", "reward of PRDP less that of DDPO with as many images",
+    ("B4", "reward of PRDP minus that of DDPO with as many images",
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
-    ("B4", "reward of PRDP less that of DDPO with as much time",
+    ("B4", "reward of PRDP minus that of DDPO with as much time",
      lambda of: of.lead("DDPO, 100 epochs"), "mean", -INF, 0),
     ("B4", "the same at PRDP's rate",
      lambda of: of.lead("DDPO, low rate, 100 epochs"), "mean", -INF, 0),
-    ("C", "epochs by which PRDP collapses later with the norm clip alone than without any",
+    ("C", "epochs by which the norm clip alone delays PRDP's collapse",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
      of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
     ("E2", "largest kl at weights of 300 and more",
@@ -55,7 +55,7 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.left("DDPO", 1), "mean", 0.75, 1.05),
     ("M-large", "the same at level 3", lambda of: of.left("DDPO", 3), "mean", 0.25, 0.55),
     ("M-large", "the same at level 10", lambda of: of.left("DDPO", 10), "mean", -0.1, 0.2),
-    ("M-large", "gain of PRDP at level 10 less that at level 0",
+    ("M-large", "gain of PRDP at level 10 minus that at level 0",
      lambda of: of.gain("PRDP, K = 4, level 10") - of.gain("PRDP, K = 4"), "mean", -0.01, 0.01),
     ("R", "explained variance of online training",
      lambda of: of.curve("PRDP, K = 4, KL 300", "explained_variance")[-1], "mean", 0.3, 1),
@@ -65,11 +65,11 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
              of.curve("PRDP, K = 4, KL 300"), of.curve("PRDP, K = 4, KL 300", "kl"),
              strict=True))), "every seed", 0, INF),
     ("P", "share of right animals", lambda of: of.ends("animal", "PRDP")[0], "mean", 0.96, 1),
-    ("P", "share of right animals less that of the base at its best guidance",
+    ("P", "share of right animals minus that of the base at its best guidance",
      lambda of: of.above_base("animal"), "mean", 0, INF),
-    ("P", "objective less that of the base",
+    ("P", "objective minus that of the base",
      lambda of: of.ends("weighted sum - kl_weight * kl", "PRDP", column="difference")[0],
      "every seed", 0, INF),
-    ("P-large", "share of unseen sentences with everything right, less that of the base at its "
+    ("P-large", "share of unseen sentences with everything right, minus that of the base at its "
      "best guidance", lambda of: of.above_base("all_right"), "mean", 0.05, INF),
 ]
