@@ -87,6 +87,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -703,13 +704,15 @@ def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
     """A column of axes for each claim, reward above, judge below. Yields what may be drawn there: a
     claim, its column, a method, its runs at one rate, and their style. A method has one colour in
     the figure, and a line style for each of its rates."""
-    methods = list(dict.fromkeys(method for claim in claims for method, _ in runs_of(claim)))
+    methods = dict.fromkeys(method for claim in claims for method, _ in runs_of(claim))
+    palette = matplotlib.colormaps["tab20"].colors  # ten strong colours, each before a pale one
+    color_of = dict(zip(methods, [*palette[::2], *palette[1::2]], strict=False))
     for column, claim in zip(figure.subplots(2, len(claims), sharex="col", squeeze=False).T, claims,
                              strict=True):
         rates = Counter()
         for (method, rate), folders in runs_of(claim).items():
             yield claim, column, method, folders, dict(
-                color=f"C{methods.index(method)}", linestyle="-:"[rates[method]],
+                color=color_of[method], linestyle="-:"[rates[method]],
                 label=f"{method}, {rate}")
             rates[method] += 1
         for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
