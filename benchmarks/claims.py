@@ -265,9 +265,9 @@ class Logs:
         """From the best fifth to the last."""
         return max(self.curve(method)) - self.curve(method)[-1]
 
-    def lead(self, other: str) -> float:
-        """Of PRDP at K = 4 in the reward of the last fifth."""
-        return self.curve("PRDP, K = 4")[-1] - self.curve(other)[-1]
+    def lead(self, other: str, method: str = "PRDP, K = 4") -> float:
+        """Of the method in the reward of the last fifth."""
+        return self.curve(method)[-1] - self.curve(other)[-1]
 
     def collapse(self, method: str) -> float:
         """The first epoch with a mean reward under 0.2, or inf."""
