@@ -23,6 +23,8 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      "mean", 0, INF),
     ("A4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate, 40 epochs", "kl")[-1],
      "mean", 0.03, 0.06),
+    ("A4", "reward of PRDP minus that of GRPO at the same K and rate",
+     lambda of: of.lead("GRPO, K = 4"), "every seed", 0, INF),
     ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4")[-1], "mean", 0.672, 0.678),
     ("B4", "reward of PRDP minus that of DDPO with as many images",
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
@@ -30,6 +32,8 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.lead("DDPO, 100 epochs"), "mean", -INF, 0),
     ("B4", "the same at PRDP's rate",
      lambda of: of.lead("DDPO, low rate, 100 epochs"), "mean", -INF, 0),
+    ("B4", "reward of PRDP minus that of GRPO at the same K and rate",
+     lambda of: of.lead("GRPO, K = 4"), "every seed", 0, INF),
     ("C", "epochs by which the norm clip alone delays PRDP's collapse",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
      of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
@@ -63,6 +67,9 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
          reward - 300 * kl for reward, kl in zip(
              of.curve("PRDP, K = 4, KL 300"), of.curve("PRDP, K = 4, KL 300", "kl"),
              strict=True))), "every seed", 0, INF),
+    ("R", "explained variance of offline training",
+     lambda of: of.curve("PRDP, K = 4, KL 300, offline", "explained_variance")[-1],
+     "mean", -INF, 0.3),
     ("P", "share of right animals", lambda of: of.ends("animal", "PRDP")[0], "mean", 0.96, 1),
     ("P", "share of right animals minus that of the base at its best guidance",
      lambda of: of.above_base("animal"), "mean", 0, INF),
