@@ -33,23 +33,23 @@ Algorithm 1, and the function that does each line (§2 to §5):
             backward through the UNet from there                update_policy: backward_log_probs
             a step of AdamW                                     update_policy
 
-In general T Gaussian steps of fixed variance only approach the optimum, the nearer the larger T.
+T Gaussian steps of fixed variance can only approach this optimum; the more steps, the closer.
 
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
     Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
  2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
- 3. Rewards are float32, of images rounded to 8 bits, and log-probs are averaged in float64.
+ 3. Rewards are float32, of images rounded to 8 bits, and log-probs are computed in float64.
  4. A prompt whose rewards all tie has loss 0, not a mean over nothing. No gradient, no update.
  5. An epoch's N prompts come about equally often (Algorithm 1 picks them independently).
  6. On a GPU the UNet is in bf16 at K = 1, in TF32 at K > 1, the VAE and text encoder in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
-At K = 1, as in the paper's large-scale runs, theta = old. There the gradient at the mean log-prob
-of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / beta], d being the log ratio to pi_ref:
-REINFORCE with a leave-one-out baseline and a KL reward. --objective rloo is that without the KL.
-For K > 1 PRDP's updates are its own: a proximal regression.
+At K = 1, as in the paper's large-scale runs, theta = old. There, if no rewards tie, the gradient of
+a prompt's loss at the mean log-prob of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) /
+beta], d being the log ratio to pi_ref: REINFORCE with a leave-one-out baseline and a KL reward.
+--objective rloo is that without the KL.
 """
 
 import contextlib
@@ -195,7 +195,7 @@ class Policy:
     is_bf16: bool = False
 
     def autocast(self) -> torch.autocast:
-        """To bf16, if is_bf16. Until the outermost one ends, weights that learn are cast once."""
+        """If is_bf16, to bf16. Inside an outer one each weight that learns is cast only once."""
         return torch.autocast(self.negative_embeds.device.type, torch.bfloat16, self.is_bf16)
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ def ddpo_advantages(rewards: Tensor, prompts: list[str], history: dict[str, list
 
 
 def grpo_advantages(rewards: Tensor, *_: object) -> Tensor:
-    """Rewards (N, B) normalised by the B of their own prompt: (N, B) float64."""
+    """Rewards (N, B) normalised by their prompt's B: (N, B) float64. GRPO's KL term is left out."""
     return normalise(rewards.double(), rewards.double())
 
 
@@ -385,7 +385,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     N, B, size = config.prompts_per_epoch, config.images_per_prompt, config.micro_batch_size
     key = f"{config.seed}/{epoch}"
     seconds: dict[str, float] = {}
-    enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N of them
+    enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N or more
     epoch_prompts = random.Random(key).sample(enough, N)
     mine = my_share(N)  # n of the indices 0..N-1
     indices = [(i, j) for i in mine for j in range(B)]  # P = n * B
@@ -550,13 +550,12 @@ class Models:
 def load_models(config: Config, device: torch.device) -> Models:
     """The reward, the pretrained model as the reference, and a copy of it that can learn. All are
     in eval mode for good: dropout would make the policy another than the one that sampled."""
-    if config.lora_rank:
-        from peft import LoraConfig
     reward, pipeline = load_reward(config.reward, device), load_pipeline(config)
     unet = copy.deepcopy(pipeline.unet.to(memory_format=torch.channels_last)).to(device)
     pipeline.vae.to(device), pipeline.text_encoder.to(device)
     unet.requires_grad_(not config.lora_rank)  # else in its adapters alone
     if config.lora_rank:
+        from peft import LoraConfig
         torch.manual_seed(config.seed)  # the same adapters in every process
         unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
                                     init_lora_weights="gaussian",
@@ -796,7 +795,8 @@ def train(config: Config, device: torch.device) -> None:
         run.save_weights(models)
         save_grid(config, models, [policy], prompts, run, f"samples/epoch_{len(metrics):04}.png")
         say(f"{run.folder} is finished; use it at its own guidance_scale, {config.guidance_scale}. "
-            f"To judge it:\n    python prdp.py --evaluate {str(run.folder)!r}")
+            "To judge it, on its own prompts or on others with --prompts:\n"
+            f"    python prdp.py --evaluate {str(run.folder)!r}")
 
 
 def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, str | float]:
@@ -919,8 +919,8 @@ PRESETS = {
     "demo-large": DEMO | dict(prompts="emoji", num_epochs=40, guidance_scale=1.5, kl_weight=1.0,
                               learning_rate=1e-4),
 }
-# A baseline's own defaults, under any preset. DDPO also takes one image of each of N * B prompts
-# instead of B images of N: 512 prompts in the paper's settings.
+# A baseline's own defaults, under any preset. DDPO also takes one image of each of the preset's
+# N * B prompts instead of B images of each of N: 512 prompts in the paper's settings.
 OBJECTIVES = {
     "grpo": dict(updates_per_epoch=2, clip_range=1e-4),
     "rloo": dict(updates_per_epoch=2, clip_range=1e-4),
@@ -955,9 +955,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
-    images = config.images_per_prompt + (config.objective == "ddpo")  # which needs no pair
-    if min(config.num_steps, images) < 2 or config.kl_weight == 0:
-        fail("--num_steps and --images_per_prompt must be at least 2, and --kl_weight above 0")
+    fewest = 1 if config.objective == "ddpo" else 2  # the others compare images of a prompt
+    if config.num_steps < 2 or config.images_per_prompt < fewest or config.kl_weight == 0:
+        fail(f"--num_steps must be at least 2, --images_per_prompt {fewest}, --kl_weight above 0")
     for name, value in asdict(config).items():
         least = int(type(value) is int and name not in ("seed", "tracker_size", "lora_rank"))
         if value == "" or type(value) in (int, float) and not value >= least:
@@ -982,7 +982,7 @@ def main() -> None:
         config = parse_config()
         train(config, device) if config.evaluate is None else evaluate(config, device)
     except Exception as error:
-        time.sleep(5 * (rank() > 0))  # what all meet is told by rank 0, and torchrun ends the rest
+        time.sleep(5 * (rank() > 0))  # rank 0 tells what all meet, then torchrun ends the others
         if isinstance(error, torch.OutOfMemoryError):
             error = f"{device} is full: lower --micro_batch_size, add --gradient_checkpointing"
         elif not isinstance(error, (UserError, OSError)):

@@ -27,7 +27,7 @@ pickscore:FOLDER; aesthetic:FOLDER, the files of that CLIP and the predictor's .
 Preference scores and clip are cosines, without CLIP's factor of 100. HPSv2's images are resized
 with antialiasing, as its own code does since torchvision 0.17; it moves scores by up to 9e-4 on
 random weights. A call gets at most --micro_batch_size images, rounded to 8 bits as in a saved
-picture. Scorers compute in float32, whatever the caller has set. Only what a spec names is loaded.
+picture. Scorers compute in float32, also under autocast or TF32. Only what a spec names is loaded.
 """
 
 import contextlib
@@ -150,7 +150,7 @@ def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
 
 @contextlib.contextmanager
 def contained(name: str, device: torch.device | str) -> Iterator[None]:
-    """Run a scorer. Its errors name it; torch's settings and the working directory are restored."""
+    """Run a scorer. Its errors name it. Dtype, TF32, grad mode, directory are restored after it."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     dtype, *allow_tf32 = torch.get_default_dtype(), matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

@@ -21,9 +21,7 @@ SPREAD = 0.18
 
 def level(images: Tensor, prompts: list[str]) -> Tensor:
     """(P,) a standard normal number of each prompt, on any machine the same."""
-    numbers = {}
-    for prompt in dict.fromkeys(prompts):
-        # The 500 sentences of emoji-unseen are those of the least hashes, hence the words in front.
-        digest = int.from_bytes(hashlib.sha256(f"level of {prompt}".encode()).digest()[:6])
-        numbers[prompt] = NormalDist().inv_cdf((digest + 0.5) / 2**48)  # never at 0 or 1
-    return torch.tensor([numbers[prompt] for prompt in prompts], device=images.device)
+    # The 500 sentences of emoji-unseen are those of the least hashes, hence the words in front.
+    digests = [hashlib.sha256(f"level of {prompt}".encode()).digest()[:6] for prompt in prompts]
+    uniform = [(int.from_bytes(digest) + 0.5) / 2**48 for digest in digests]  # never 0 or 1
+    return torch.tensor([NormalDist().inv_cdf(u) for u in uniform], device=images.device)

@@ -25,7 +25,7 @@ torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16]
 AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 AUTOCAST.fallback(torch.library.fallthrough_kernel)  # autocast changes nothing there
 DEVICE = torch.device("pretend", 0)
-MAY_MEET = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
+MAY_MEET = {"copy_", "index", "index_put_", "_index_put_impl_"}
 
 
 class Pretended(Tensor):
@@ -49,7 +49,7 @@ class Pretended(Tensor):
     def untyped_storage(self):
         return self.cpu_tensor.untyped_storage()
 
-    def __reduce_ex__(self, protocol):  # as which it is saved
+    def __reduce_ex__(self, protocol):  # it is saved as one of the CPU
         return self.cpu_tensor.detach().__reduce_ex__(protocol)
 
 
@@ -66,7 +66,7 @@ def compute(operator, arguments: tuple, options: dict):
     if any(is_there) and name not in MAY_MEET and any(
             tensor.dim() and not there for tensor, there in zip(tensors, is_there, strict=True)):
         raise RuntimeError(f"{name}: tensors of the CPU and of the pretend device meet")
-    goes_there = is_there[0] if name in MAY_MEET and name != "_to_copy" else any(is_there)
+    goes_there = is_there[0] if name in MAY_MEET else any(is_there)
     if (device := options.get("device")) is not None:
         goes_there, options = device.type == "pretend", options | {"device": torch.device("cpu")}
     arguments, options = tree_map_only(Pretended, lambda tensor: tensor.cpu_tensor,

@@ -7,13 +7,14 @@
     python benchmarks/speed.py world    # two processes of a thread against one of two
     torchrun --nproc_per_node=2 benchmarks/speed.py allreduce   # its share of an epoch
     python benchmarks/speed.py memory   # a GPU's memory, counted without one and checked with one
-    python benchmarks/speed.py gpu      # all that only a GPU can tell, in at most 15 minutes
+    python benchmarks/speed.py gpu      # all that only a GPU can tell, in perhaps 15 minutes
     python benchmarks/speed.py full_size FOLDER   # Stable Diffusion v1.4 and HPSv2, random weights
 
-Each prints a table and writes benchmarks/speed-PART.json. The parts up to allreduce compare on the
-CPU, with the demo's model (a UNet of 2.2 million weights, latents of 8 x 8), 64 images of 10 guided
-steps, and two threads. The last three have Stable Diffusion v1.4's shape; --tiny rehearses them on
-a CPU with a small one. Times are medians over rounds in which all that is compared takes its turn.
+All but full_size print a table and write benchmarks/speed-PART.json. The parts up to allreduce
+compare on the CPU, with the demo's model (a UNet of 2.2 million weights, latents of 8 x 8), 64
+images of 10 guided steps (world: the demo's epoch), K = 1 and two threads. The last three have
+Stable Diffusion v1.4's shape; --tiny rehearses them on a CPU with a small one. Times of peer, floor
+and gpu are medians over rounds in which all that is compared takes its turn.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -106,10 +108,12 @@ def report(part: str, rows: list[dict], **settings) -> None:
 
 
 def config_of(micro_batch_size: int, *flags: str) -> prdp.Config:
+    """At K = 1."""
     return prdp.parse_config([
         "--preset", "demo", "--reward", "benchmarks/speed.py:brightness", "--prompts_per_epoch",
         str(PROMPTS), "--images_per_prompt", str(IMAGES), "--num_steps", str(STEPS),
-        "--guidance_scale", str(GUIDANCE), "--micro_batch_size", str(micro_batch_size), *flags])
+        "--guidance_scale", str(GUIDANCE), "--updates_per_epoch", "1",
+        "--micro_batch_size", str(micro_batch_size), *flags])
 
 
 class Ours:
@@ -158,9 +162,8 @@ def timing(name: str):
         durations.append(seconds[name])
         return result
 
-    setattr(prdp, name, timed)
-    yield durations
-    setattr(prdp, name, function)
+    with mock.patch.object(prdp, name, timed):
+        yield durations
 
 
 # ------------------------------------------------------------------------------------------- peer
@@ -185,10 +188,10 @@ class Trl:
             train_num_inner_epochs=1, mixed_precision="no", save_freq=10**9, log_with=None,
             project_kwargs={"project_dir": folder})
         pipeline = DefaultDDPOStableDiffusionPipeline(ours.model, use_lora=False)
-        animals = iter((ROOT / "prompts/animals.txt").read_text().split("\n") * 1000)
+        animals = itertools.cycle((ROOT / "prompts/animals.txt").read_text().splitlines())
         self.trainer = DDPOTrainer(
             config, lambda images, prompts, _: (images.mean((1, 2, 3)), {}),
-            lambda: (f"A painting of a {next(animals)}", {}), pipeline)
+            lambda: (next(animals), {}), pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.unet.to(memory_format=memory_format)
         self.seconds = {}
@@ -675,7 +678,7 @@ def gpu(tiny: bool = False) -> None:
         print(table, *rows, sep="\n", flush=True)
         write_json("gpu" + "-tiny" * tiny, **tables)
 
-    def epochs(ours: Ours, setting: str, precision: str) -> None:
+    def epochs(ours: Ours, setting: str, precision: str, flops: tuple[float, float]) -> None:
         for size in sizes[:1] if precision == "float32" else sizes:
             add("epochs", attempt(
                 {"setting": setting, "precision": precision, "micro-batch": size},
@@ -692,15 +695,17 @@ def gpu(tiny: bool = False) -> None:
         unet = ours.models.policy.unet
         unet.enable_gradient_checkpointing()  # so that 24 GB are enough to begin with
         add("log ratios", attempt({}, log_ratios, ours))
-        epochs(ours, "checkpointing", "tf32")
+        epochs(ours, "checkpointing", "tf32", flops)
         unet.disable_gradient_checkpointing()
         for precision in PRECISIONS:
-            epochs(ours, "", precision)
+            epochs(ours, "", precision, flops)
         add("hours", hours(tables["epochs"]))
         del ours, unet
         gc.collect()
-        epochs(Ours(4, *flags, "--lora_rank", "16"), "LoRA 16", "tf32")
-        add("memory", memory(tiny))
+        lora = Ours(4, *flags, "--lora_rank", "16")
+        epochs(lora, "LoRA 16", "tf32", flops_of_a_pair(lora))
+        del lora
+        add("memory", attempt({}, memory, tiny))
         for size in sizes:
             add("TRL in tf32", attempt({"micro-batch": size}, trl_epoch, config_of(size, *flags)))
     for table, rows in tables.items():

@@ -37,6 +37,7 @@ def test_the_benchmarks_run_at_their_smallest_size(monkeypatch):
     speed.gpu(tiny=True)
     assert files.keys() == {"floor", "skip", "allreduce", "world", "memory-tiny", "gpu-tiny"}
     assert files["skip"]["rows"][0]["relative difference of gradients"] < 1e-4
+    assert speed.config_of(8).updates_per_epoch == 1  # whatever the preset has
     on_gpu = files["gpu-tiny"]
     assert [row["largest log ratio before the first update"] for row in on_gpu["log ratios"]] == [
         0, 0, 0]

@@ -96,12 +96,10 @@ def scenes() -> Iterator[Scene]:
 
 
 def prompts(held_out: bool = False) -> list[str]:
-    """All sentences to train on, or 500 of those held out, in an order that mixes them."""
-    sentences = [scene.sentence() for scene in scenes() if scene.is_held_out() == held_out]
-    sentences.sort(key=digest)
-    return sentences[:500] if held_out else sentences
+    """All sentences to train on, or all that are held out, in an order that mixes them."""
+    return sorted((s.sentence() for s in scenes() if s.is_held_out() == held_out), key=digest)
 
 
 if __name__ == "__main__":
-    for name, lines in {"emoji": prompts(), "emoji-unseen": prompts(held_out=True)}.items():
+    for name, lines in {"emoji": prompts(), "held out": prompts(held_out=True)}.items():
         print(f"{name}: {len(lines)} sentences, among them", *lines[:5], sep="\n    ")

@@ -22,8 +22,8 @@ A text file (.txt) has one prompt a line: animals.txt has the paper's 45, unseen
 HPDv2's four styles. A table (.csv, .tsv, .json, .jsonl, .ndjson, .parquet) is read by its column
 prompt, caption or text. The first line of a .csv names the columns and shows the separator: comma,
 semicolon, | or tab. A prompt with the separator in it stands in double quotes. In a .tsv, quotes
-are part of the prompt. Files are UTF-8 and may be packed (.gz). Prompts that look like JSON or like
-the items of a list ("- a cat") are refused, because the marks would be trained on.
+are part of the prompt. Files are UTF-8 and may be packed (.gz). A file is refused if half of its
+prompts look like JSON or like items of a list ("- a cat"), because the marks would be trained on.
 
 The rule for lists in flags and the explanation of what the hub raises are here too, because
 --prompts, --reward and --model share them.
@@ -44,6 +44,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import errors, is_offline_mode, snapshot_download
 from huggingface_hub.constants import HF_HOME
@@ -61,7 +62,7 @@ SETS = {  # name -> dataset of the hub, and its files
 # Sentences of demo/grammar.py: held out or not, and how many.
 MADE = {"emoji": (False, None), "emoji-500": (False, 500), "emoji-unseen": (True, 500)}
 NAMES = [*SETS, "hpdv2-500", *MADE]
-COLUMNS = ("prompt", "caption", "text")  # or their plurals, in any case; the first one counts
+COLUMNS = ("prompt", "caption", "text")  # or plurals, or capitals; the first that is there counts
 # Of lists and JSON: [a], {a, • a, | a, - a, 1. a, a) a, <a>, "a", 'a': and text: a.
 MARKED = re.compile(r"""[][{}•|] | [-*+–]\s | \(?\d+\s?[-.):|]\s | [a-z]\)\s | <.*>$ |
     ("[^"]*"|'[^']*')\s*([,:]|$) | (prompt|caption|text)s?(\s\d+)?:""", re.I | re.X)
@@ -74,14 +75,14 @@ class UserError(ValueError):
 def load_prompts(sources: str, say: Callable[[str], None]) -> dict[str, list[str]]:
     """The prompts of each set of a list, by its name, or of each file, by its name's stem.
 
-    Files with the same stem have their paths for names. It tells `say` what was read and left out.
-    Raises UserError naming --prompts.
+    Files with the same stem have their paths for names, "/" as %2F. It tells `say` what was read
+    and left out. Raises UserError naming --prompts.
     """
     files = list(dict.fromkeys(Path(source) for source in split_list(sources, "--prompts")))
     stems = [Path(file.name.removesuffix(".gz")).stem for file in files]
     prompt_sets = {}
     for file, stem in zip(files, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else str(file).replace("/", "-")
+        name = stem if stems.count(stem) == 1 else quote(str(file), safe="")
         prompt_sets[name], remark = read_prompts(str(file))
         say(remark)
     return prompt_sets
@@ -248,7 +249,8 @@ def split_list(text: str, flag: str) -> list[str]:
 def explain(error: BaseException) -> str:
     """One line on why the hub, the network, a disk or a file failed, and what helps.
 
-    The libraries raise errors about missing files from these causes, so it looks for the cause.
+    Libraries often say that a file is missing where the network or the disk failed. So this looks
+    through the causes of the error.
     """
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:

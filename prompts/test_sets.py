@@ -31,15 +31,14 @@ def test_prompts_are_distinct_lines_in_order_and_what_is_left_out_is_said(tmp_pa
 
 def test_two_files_of_one_name_are_two_sets_named_by_their_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a/two.txt", "b/two.txt", "b/two.csv", "b/one.txt", "hpdv2.txt"):
-        Path(name).parent.mkdir(exist_ok=True)
+    for name in ("a/two.txt", "a/b/two.txt", "a-b/two.txt", "b/two.csv", "b/one.txt", "hpdv2.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(f"prompt\n{name}\n" if name.endswith("csv") else name)
     said = []
-    sets = load_prompts("a/two.txt, b/two.txt, ./a/two.txt,b/two.csv,b/one.txt", said.append)
-    assert sets == {"a-two.txt": ["a/two.txt"], "b-two.txt": ["b/two.txt"],
-                    "b-two.csv": ["b/two.csv"], "one": ["b/one.txt"]}
-    assert [line.split(":")[0] for line in said] == ["a/two.txt", "b/two.txt", "b/two.csv",
-                                                     "b/one.txt"]
+    files = ["a/two.txt", "a/b/two.txt", "a-b/two.txt", "b/two.csv"]
+    sets = load_prompts(f"{', '.join(files)},./a/two.txt,b/one.txt", said.append)
+    assert sets == {file.replace("/", "%2F"): [file] for file in files} | {"one": ["b/one.txt"]}
+    assert [line.split(":")[0] for line in said] == [*files, "b/one.txt"]
     monkeypatch.setattr(prompts.sets, "read_set", lambda name: [name])
     assert list(load_prompts("hpdv2,hpdv2.txt", print)) == ["hpdv2", "hpdv2.txt"]
 
