@@ -52,7 +52,7 @@ A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as
         prompts PRDP has 40 epochs, too, as many images as that DDPO, also at half its rate.
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
 E2      E at rates that a KL weight can hold.
-L       Long runs: 400 epochs.
+L       Long runs: 400 epochs, and 160 of RLOO, which are I's first 160 without the KL term.
 M       The paper's reason why DDPO fails: rewards whose level depends on the prompt (levels.py). At
         level 0 these are the runs of A4 and B4, as a level that is 0 changes no reward.
 R       Does the regression arrive where it should, with a large KL weight and a low rate?
@@ -145,6 +145,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
     "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
     "RLOO, 400 epochs": ("--objective rloo --num_epochs 400", "PRDP"),
+    "RLOO, 160 epochs": ("--objective rloo --num_epochs 160", "PRDP"),
     **{f"DDPO, level {level}": (f"{DDPO} {flags}", "DDPO") for level, flags in AT.items()},
     "DDPO, batch statistics, level 10": (
         f"{DDPO} --tracker_size 0 {AT[10]}", "DDPO, batch statistics"),
@@ -227,7 +228,8 @@ CLAIMS = {
     "H": Claim("demo-large", ("PRDP, 80 epochs",)),
     "I": Claim("demo-large", ("PRDP, 400 epochs",), "2"),
     "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
-                              "RLOO, 400 epochs"), "2,3"),
+                              "RLOO, 400 epochs", "RLOO, 160 epochs"), "2,3",
+               once=("RLOO, 160 epochs",)),
     "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
                         "DDPO, level 10", "PRDP, K = 4", "PRDP, K = 4, level 10")),
     "M-large": Claim("demo-large", (

@@ -50,6 +50,11 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: min(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]), "every seed", 0.09, 0.13),
     ("L", "largest kl of PRDP there", lambda of: max(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]),
      "every seed", 0.09, 0.13),
+    ("L", "kl of RLOO in the last fifth of 160 epochs",
+     lambda of: of.curve("RLOO, 160 epochs", "kl")[-1], "mean", 0.2, INF),
+    ("L", "its least change from fifth to fifth",
+     lambda of: min(later - earlier for earlier, later in itertools.pairwise(
+         of.curve("RLOO, 160 epochs", "kl"))), "mean", 0, INF),
     ("M", "share of its gain that DDPO keeps at level 10, statistics of the batch",
      lambda of: of.left("DDPO, batch statistics", 10), "mean", -INF, 0.2),
     ("M", "the same with statistics of each prompt",
