@@ -261,14 +261,19 @@ def load_aesthetic(spec: str, device: torch.device | str) -> Scorer:
     return score
 
 
-def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Size in kB (1000 bytes) of each image's quality-95 JPEG, the reward of the DDPO paper."""
+def load_jpeg(spec: str, device: torch.device | str) -> Scorer:
+    """Minus or plus the kB (1000 bytes) of the quality-95 JPEG, a reward of the DDPO paper."""
     from torchvision.transforms.functional import to_pil_image
 
-    files = [io.BytesIO() for _ in images]
-    for image, file in zip(images.cpu(), files, strict=True):
-        to_pil_image(image).save(file, format="JPEG", quality=95)
-    return torch.tensor([file.tell() / 1000 for file in files])
+    sign = {"jpeg_compressibility": -1, "jpeg_incompressibility": 1}[spec]
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        files = [io.BytesIO() for _ in images]
+        for image, file in zip(images.cpu(), files, strict=True):
+            to_pil_image(image).save(file, format="JPEG", quality=95)
+        return torch.tensor([sign * file.tell() / 1000 for file in files])
+
+    return score
 
 
 def load_function(spec: str, device: torch.device | str) -> Scorer:
@@ -300,9 +305,8 @@ def call_function(module: ModuleType, name: str, images: Tensor, prompts: tuple[
 
 FACTORIES = {  # (the scorer's part of the spec, device) -> scorer of (P, 3, H, W) uint8 images
     "hpsv2": load_hpsv2, "hpsv2.1": load_hpsv2, "pickscore": load_clip, "clip": load_clip,
-    "aesthetic": load_aesthetic,
-    "jpeg_compressibility": lambda spec, device: lambda images, prompts: -jpeg_kilobytes(images),
-    "jpeg_incompressibility": lambda spec, device: lambda images, prompts: jpeg_kilobytes(images),
+    "aesthetic": load_aesthetic, "jpeg_compressibility": load_jpeg,
+    "jpeg_incompressibility": load_jpeg,
 }
 
 

@@ -1356,6 +1356,8 @@ def test_jpeg_rewards_are_the_size_of_the_file(tmp_path):
     for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
         scores = load_reward(name, CPU)(images, ["", ""])
         assert (sign * scores).tolist() == pytest.approx(sizes)
+        with pytest.raises(ValueError, match=f"--reward {name}:5 cannot be loaded"):
+            load_reward(f"{name}:5", CPU)  # a weight needs =
 
 
 @pytest.mark.parametrize("scorer", ["hpsv2.1:{}/hps.pt", "pickscore:{}/clip", "aesthetic:{}/clip"])
