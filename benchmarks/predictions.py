@@ -1,7 +1,7 @@
 """What should be seen of the later claims of claims.py, written before their runs.
 
 Each is a figure, how it is taken from a seed's logs (`of` is claims.Logs), which seeds count, and
-the least and the largest that was predicted. PRDP is at K = 4 in all of them but E2.
+the least and the largest that was predicted. PRDP is at K = 4 in all of them but E2, H and I.
 """
 
 import itertools
@@ -41,6 +41,15 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: max(of.ends("kl", *HELD)), "mean", 0, 0.003),
     ("E2", "smallest share of right animals there",
      lambda of: min(of.ends("animal", *HELD)), "mean", 0.55, 1),
+    ("H", "kl of RLOO minus that of PRDP", lambda of: of.curve("RLOO, 80 epochs", "kl")[-1] -
+     of.curve("PRDP, 80 epochs", "kl")[-1], "every seed", 0.1, INF),
+    ("H", "reward of RLOO minus that of PRDP",
+     lambda of: of.lead("PRDP, 80 epochs", "RLOO, 80 epochs"), "mean", -0.01, 0.01),
+    ("I", "kl of RLOO in the last fifth of 160 epochs",
+     lambda of: of.curve("RLOO, 160 epochs", "kl")[-1], "mean", 0.2, INF),
+    ("I", "its least change from fifth to fifth",
+     lambda of: min(later - earlier for earlier, later in itertools.pairwise(
+         of.curve("RLOO, 160 epochs", "kl"))), "mean", 0, INF),
     ("L", "reward of DDPO", lambda of: of.curve("DDPO, 400 epochs")[-1], "every seed", 0.69, INF),
     ("L", "smaller kl of GRPO and RLOO",
      lambda of: min(of.ends("kl", *FREE)), "every seed", 0.5, INF),
@@ -50,11 +59,6 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: min(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]), "every seed", 0.09, 0.13),
     ("L", "largest kl of PRDP there", lambda of: max(of.curve("PRDP, K = 4, 400 epochs", "kl")[2:]),
      "every seed", 0.09, 0.13),
-    ("L", "kl of RLOO in the last fifth of 160 epochs",
-     lambda of: of.curve("RLOO, 160 epochs", "kl")[-1], "mean", 0.2, INF),
-    ("L", "its least change from fifth to fifth",
-     lambda of: min(later - earlier for earlier, later in itertools.pairwise(
-         of.curve("RLOO, 160 epochs", "kl"))), "mean", 0, INF),
     ("M", "share of its gain that DDPO keeps at level 10, statistics of the batch",
      lambda of: of.left("DDPO, batch statistics", 10), "mean", -INF, 0.2),
     ("M", "the same with statistics of each prompt",
