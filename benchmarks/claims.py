@@ -623,6 +623,9 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
         draw_distance(both, LOGS / "distance.png")
         text += ("## Reward against distance\n\n"
                  f"{inspect.cleandoc(draw_distance.__doc__)}\n\n![distance](distance.png)\n\n")
+    draw_kl_term(CLAIMS["H"])
+    text += ("## Without the KL term\n\n"
+             f"{inspect.cleandoc(draw_kl_term.__doc__)}\n\n![without the KL term](kl-term.png)\n\n")
     if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
         draw_gains(mechanism)
         text += ("## Gain against share\n\n"
@@ -677,7 +680,8 @@ def draw(claims: list[Claim], file: Path) -> None:
     figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
     for claim, column, method, folders, style in panels(claims, figure, "images drawn in training"):
         if has_curves(method):
-            draw_curves(claim, folders, column, **style)
+            for axes, term in zip(column, claim.curves.values(), strict=True):
+                draw_curves(axes, folders, f"reward/{term}", **style)
         else:
             dashed = {"-": "--", ":": "-."}[style["linestyle"]]
             draw_ends(claim, folders, column, **style | {"linestyle": dashed})
@@ -696,8 +700,9 @@ def draw_distance(claims: list[Claim], file: Path) -> None:
         if read(folders[0])[0]["kl"] is not None:
             style["label"] += f" (seeds: {len(folders)})"
             for axes, term in zip(column, claim.curves.values(), strict=True):
-                axes.plot(mean_curve(folders, "kl"), mean_curve(folders, f"reward/{term}"),
-                          marker=".", **style)
+                means = [list(map(statistics.fmean, curves_of(folders, key)))
+                         for key in ("kl", f"reward/{term}")]
+                axes.plot(*means, marker=".", **style)
     for axes in figure.axes[len(claims) :]:
         axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=100)
@@ -725,24 +730,34 @@ def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
         column[1].set_xlabel(x_label)
 
 
-def mean_curve(folders: list[Path], key: str) -> list[float]:
-    """A metric in each epoch, the mean over seeds."""
-    return [statistics.fmean(line[key] for line in lines)
-            for lines in zip(*map(read, folders), strict=True)]
+def curves_of(folders: list[Path], key: str) -> list[tuple[float, ...]]:
+    """A metric in each epoch, of every run; as far as all of them have come."""
+    return list(zip(*([line[key] for line in read(folder)] for folder in folders), strict=False))
 
 
-def draw_curves(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
-    """The mean over seeds and their range, against images drawn."""
-    curves = [read(folder) for folder in folders]
+def draw_curves(axes: Axes, folders: list[Path], key: str, **style: str) -> None:
+    """A metric against images drawn: the mean over seeds and their range."""
     config = json.loads((folders[0] / "config.json").read_text())
+    values = curves_of(folders, key)
     images = config["prompts_per_epoch"] * config["images_per_prompt"]
-    epochs = range(min(map(len, curves)))
-    drawn = [images * epoch for epoch in epochs]
-    for axes, term in zip(column, claim.curves.values(), strict=True):
-        values = [[curve[epoch][f"reward/{term}"] for curve in curves] for epoch in epochs]
-        axes.plot(drawn, list(map(statistics.fmean, values)), **style)
-        axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
-                          color=style["color"], linewidth=0)
+    drawn = range(0, images * len(values), images)
+    axes.plot(drawn, list(map(statistics.fmean, values)), **style)
+    axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
+                      color=style["color"], linewidth=0)
+
+
+def draw_kl_term(claim: Claim) -> None:
+    """PRDP at K = 1 and RLOO, which is the same without the KL term, from the same images: the mean
+    over seeds and their range. kl is the distance to the base, in nats per latent element and
+    step."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("reward/clip", "kl"), ("reward", "kl"),
+                                strict=True):
+        for color, (method, folders) in enumerate(runs_of(claim).items()):
+            draw_curves(axes, folders, key, label=method[0].partition(",")[0], color=f"C{color}")
+        axes.set(xlabel="images drawn in training", ylabel=label)
+        axes.legend()
+    figure.savefig(LOGS / "kl-term.png", dpi=100)
 
 
 def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
