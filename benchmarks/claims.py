@@ -65,8 +65,8 @@ better. E's methods have rates that were swept on another reward, M's on the rew
 D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
 the first half of H's (seed 0 of H is there for the sweep of B alone), and
 A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were
-begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep seed 0 has three
-rates. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
+begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep 5e-5 was last
+and late. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
 C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at
 a low rate in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are
 of after 49 epochs of I's RLOO, of which H's on seed 2 are the first 80.
@@ -623,7 +623,7 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
         draw_distance(both, LOGS / "distance.png")
         text += ("## Reward against distance\n\n"
                  f"{inspect.cleandoc(draw_distance.__doc__)}\n\n![distance](distance.png)\n\n")
-    draw_kl_term(CLAIMS["H"])
+    draw_kl_term(CLAIMS["I"])
     text += ("## Without the KL term\n\n"
              f"{inspect.cleandoc(draw_kl_term.__doc__)}\n\n![without the KL term](kl-term.png)\n\n")
     if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
@@ -747,9 +747,8 @@ def draw_curves(axes: Axes, folders: list[Path], key: str, **style: str) -> None
 
 
 def draw_kl_term(claim: Claim) -> None:
-    """PRDP at K = 1 and RLOO, which is the same without the KL term, from the same images: the mean
-    over seeds and their range. kl is the distance to the base, in nats per latent element and
-    step."""
+    """PRDP at K = 1, and RLOO, which is the same without the KL term, at the same rate and from as
+    many images (seed 2). kl is the distance to the base, in nats per latent element and step."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("reward/clip", "kl"), ("reward", "kl"),
                                 strict=True):
