@@ -63,13 +63,13 @@ Said after the runs began. H's prediction was written after its first run. DDPO 
 epoch, PRDP 1 in A and B. A's best rate of DDPO is the highest of the grid, so a higher one may be
 better. E's methods have rates that were swept on another reward, M's on the reward without levels.
 D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
-the first half of H's (seed 0 of H is there for the sweep of B alone), and
-A's of seed 2 is the beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were
-begun by hand, as were I in two processes and K = 4 with demo-large, of whose sweep 5e-5 was last
-and late. When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in
-C, and short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at
-a low rate in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are
-of after 49 epochs of I's RLOO, of which H's on seed 2 are the first 80.
+the first half of H's (seed 0 of H is there for the sweep of B alone), and A's of seed 2 is the
+beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were begun by hand, as
+were I in two processes and K = 4 with demo-large, whose sweep had its 5e-5 after the reported runs.
+When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in C, and
+short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at a low rate
+in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
+49 epochs of I's RLOO, of which H's on seed 2 are the first 80.
 """
 
 import argparse
@@ -750,11 +750,12 @@ def draw_kl_term(claim: Claim) -> None:
     """PRDP at K = 1, and RLOO, which is the same without the KL term, at the same rate and from as
     many images (seed 2). kl is the distance to the base, in nats per latent element and step."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("reward/clip", "kl"), ("reward", "kl"),
-                                strict=True):
-        for color, (method, folders) in enumerate(runs_of(claim).items()):
-            draw_curves(axes, folders, key, label=method[0].partition(",")[0], color=f"C{color}")
-        axes.set(xlabel="images drawn in training", ylabel=label)
+    for axes, key, title in zip(figure.subplots(1, 2), ("reward/clip", "kl"), (
+            "reward", "distance to the base (kl)"), strict=True):
+        for folders, color, label in zip(runs_of(claim).values(), ("C0", "C1"), (
+                "PRDP", "without its KL term (RLOO)"), strict=False):
+            draw_curves(axes, folders, key, label=label, color=color, linewidth=1)
+        axes.set(xlabel="images drawn in training", title=title)
         axes.legend()
     figure.savefig(LOGS / "kl-term.png", dpi=100)
 
