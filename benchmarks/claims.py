@@ -85,7 +85,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -269,9 +269,9 @@ class Logs:
         """From the best fifth to the last."""
         return max(self.curve(method)) - self.curve(method)[-1]
 
-    def lead(self, other: str, method: str = "PRDP, K = 4") -> float:
-        """Of the method in the reward of the last fifth."""
-        return self.curve(method)[-1] - self.curve(other)[-1]
+    def lead(self, other: str, method: str = "PRDP, K = 4", key: str = "reward/clip") -> float:
+        """Of the method over the other in a metric of the last fifth."""
+        return self.curve(method, key)[-1] - self.curve(other, key)[-1]
 
     def collapse(self, method: str) -> float:
         """The first epoch with a mean reward under 0.2, or inf."""
@@ -621,19 +621,22 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
             for at_1, at_4 in (("A", "A4"), ("B", "B4")) if at_4 in shown]
     if both:
         draw_distance(both, LOGS / "distance.png")
-        text += ("## Reward against distance\n\n"
-                 f"{inspect.cleandoc(draw_distance.__doc__)}\n\n![distance](distance.png)\n\n")
-    draw_kl_term(CLAIMS["I"])
-    text += ("## Without the KL term\n\n"
-             f"{inspect.cleandoc(draw_kl_term.__doc__)}\n\n![without the KL term](kl-term.png)\n\n")
+        text += figure_section("Reward against distance", draw_distance, "distance")
+    if "I" in shown:
+        draw_kl_term(shown["I"])
+        text += figure_section("Without the KL term", draw_kl_term, "kl-term")
     if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
         draw_gains(mechanism)
-        text += ("## Gain against share\n\n"
-                 f"{inspect.cleandoc(draw_gains.__doc__)}\n\n![gains](gains.png)\n\n")
+        text += figure_section("Gain against share", draw_gains, "gains")
     text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
     text += costs_table()
     LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
+
+
+def figure_section(title: str, draw: Callable, name: str) -> str:
+    """A figure, and what it shows, which its function's docstring says."""
+    return f"## {title}\n\n{inspect.cleandoc(draw.__doc__)}\n\n![{name}]({name}.png)\n\n"
 
 
 def is_shown(claim: Claim) -> bool:
@@ -731,15 +734,19 @@ def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
 
 
 def curves_of(folders: list[Path], key: str) -> list[tuple[float, ...]]:
-    """A metric in each epoch, of every run; as far as all of them have come."""
-    return list(zip(*([line[key] for line in read(folder)] for folder in folders), strict=False))
+    """A metric in each epoch, of every run."""
+    return list(zip(*([line[key] for line in read(folder)] for folder in folders), strict=True))
+
+
+def images_of(folder: Path) -> int:
+    """Of an epoch of this run."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["prompts_per_epoch"] * config["images_per_prompt"]
 
 
 def draw_curves(axes: Axes, folders: list[Path], key: str, **style: str) -> None:
     """A metric against images drawn: the mean over seeds and their range."""
-    config = json.loads((folders[0] / "config.json").read_text())
-    values = curves_of(folders, key)
-    images = config["prompts_per_epoch"] * config["images_per_prompt"]
+    values, images = curves_of(folders, key), images_of(folders[0])
     drawn = range(0, images * len(values), images)
     axes.plot(drawn, list(map(statistics.fmean, values)), **style)
     axes.fill_between(drawn, list(map(min, values)), list(map(max, values)), alpha=0.2,
@@ -748,7 +755,7 @@ def draw_curves(axes: Axes, folders: list[Path], key: str, **style: str) -> None
 
 def draw_kl_term(claim: Claim) -> None:
     """PRDP at K = 1, and RLOO, which is the same without the KL term, at the same rate and from as
-    many images (seed 2; RLOO was stopped after 160 epochs of 264). A point is the mean of ten
+    many images (seed 2; RLOO was stopped after 160 epochs). A point is the mean of ten
     epochs. kl is the distance to the base, in nats per latent element and step."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, key, title in zip(figure.subplots(1, 2), ("kl", "reward/clip"), (
@@ -757,7 +764,8 @@ def draw_kl_term(claim: Claim) -> None:
                 "PRDP", "without its KL term (RLOO)"), strict=False):
             values = [line[key] for line in read(folders[0])]
             means = [statistics.fmean(values[i : i + 10]) for i in range(0, len(values), 10)]
-            axes.plot([264 * (10 * i + 5) for i in range(len(means))], means, label=label)
+            drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(means))]
+            axes.plot(drawn, means, label=label)
         axes.set(xlabel="images drawn in training", title=title)
         axes.legend()
     figure.savefig(LOGS / "kl-term.png", dpi=100)
