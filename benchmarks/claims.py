@@ -99,7 +99,7 @@ from torch.distributions import Categorical
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from levels import SPREAD  # noqa: E402
-from predictions import PREDICTIONS  # noqa: E402
+from predictions import OBJECTIVE, PREDICTIONS  # noqa: E402
 
 import prdp  # noqa: E402
 from demo.judge import seen  # noqa: E402
@@ -142,6 +142,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
        for weight in (1, 30, 300, 1000)},
     "PRDP, K = 4, 40 epochs": (f"{K4} --num_epochs 40", "PRDP, K = 4"),
     "PRDP, K = 4, low rate, 40 epochs": (f"{K4} --num_epochs 40", "5e-5"),
+    "PRDP, K = 4, low rate": (K4, "5e-5"),
     "PRDP, K = 4, 80 epochs": (f"{K4} --num_epochs 80", "PRDP, K = 4"),
     "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
     "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
@@ -180,7 +181,6 @@ WORLDS = {
     "preset-demo": World("--preset demo", "--preset demo", *DEMO, PRESET_RATES, True),
 }
 ALL_RATES, SWEEP_SEEDS = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
-OBJECTIVE = "weighted sum - kl_weight * kl"
 GUIDANCES, OTHER_GUIDANCES = ("1", "1.5", "3", "5", "8"), ("3", "5")  # of the base, of the rest
 
 
@@ -217,8 +217,9 @@ CLAIMS = {
         "PRDP, K = 4", "PRDP, K = 4, 40 epochs", "PRDP, K = 4, low rate, 40 epochs", "GRPO, K = 4",
         "DDPO", "DDPO, 40 epochs", "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
-    "B4": Claim("demo-large", ("PRDP, K = 4", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs",
-                               "DDPO, low rate, 100 epochs"), "2,3,4,5,6"),
+    "B4": Claim("demo-large", (
+        "PRDP, K = 4", "PRDP, K = 4, low rate", "PRDP, K = 4, 80 epochs", "GRPO, K = 4", "DDPO",
+        "DDPO, 100 epochs", "DDPO, low rate, 100 epochs"), "2,3,4,5,6"),
     "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
                         "DDPO", "DDPO, no clipping")),
     "D": Claim("demo", ("PRDP", "PRDP, offline")),
@@ -239,7 +240,7 @@ CLAIMS = {
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
-    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, 80 epochs")),  # preset, longer
+    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, low rate")),
 }
 
 
@@ -258,8 +259,8 @@ class Logs:
         folders = [folder for method in methods for folder in self.folders(method)]
         return self.evaluated(folders, term, column)
 
-    def gain(self, method: str) -> float:
-        return self.ends("clip", method, column="difference")[0]
+    def gain(self, method: str, term: str = "clip") -> float:
+        return self.ends(term, method, column="difference")[0]
 
     def left(self, method: str, level: int) -> float:
         """The gain at a level as a share of that at level 0."""
@@ -278,11 +279,14 @@ class Logs:
         rewards = [line["reward/clip"] for line in read(self.folders(method)[0])]
         return next((i for i, reward in enumerate(rewards, 1) if reward < 0.2), math.inf)
 
-    def above_base(self, term: str) -> float:
-        """The preset's end less the base's best at any guidance that was tried."""
+    def above_base(self, term: str, method: str, at: str = "") -> float:
+        """Its end less the base's best at any guidance that was tried. `at` is the end's, as
+        "-guidance-3", where it is not the run's own."""
         if not (tried := list((LOGS / self.claim.world_name).glob("*-guidance-*"))):
             raise LookupError
-        return self.ends(term, self.claim.methods[0])[0] - max(self.evaluated(tried, term, "base"))
+        (run,) = self.folders(method)
+        (end,) = self.evaluated([run.with_name(run.name + at)], term, "finetuned")
+        return end - max(self.evaluated(tried, term, "base"))
 
     def folders(self, method: str) -> list[Path]:
         assert method in self.claim.methods, method

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 
 INF = math.inf
+OBJECTIVE = "weighted sum - kl_weight * kl"
 HELD = ("PRDP, JPEG, low rate, KL 300", "PRDP, JPEG, low rate, KL 1000")
 FREE = ("GRPO, 400 epochs", "RLOO, 400 epochs")
 
@@ -41,6 +42,10 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.lead("DDPO, low rate, 100 epochs"), "mean", -INF, 0),
     ("B4", "reward of PRDP minus that of GRPO at the same K and rate",
      lambda of: of.lead("GRPO, K = 4"), "every seed", 0, INF),
+    ("B4", "reward of PRDP at half its rate minus that at its rate",
+     lambda of: of.lead("PRDP, K = 4", "PRDP, K = 4, low rate"), "mean", -0.006, 0.004),
+    ("B4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate", "kl")[-1],
+     "every seed", 0.03, 0.05),
     ("C", "epochs by which the norm clip alone delays PRDP's collapse",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
      of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
@@ -86,10 +91,15 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      "mean", -INF, 0.3),
     ("P", "share of right animals", lambda of: of.ends("animal", "PRDP")[0], "mean", 0.96, 1),
     ("P", "share of right animals minus that of the base at its best guidance",
-     lambda of: of.above_base("animal"), "mean", 0, INF),
+     lambda of: of.above_base("animal", "PRDP"), "mean", 0, INF),
     ("P", "objective minus that of the base",
-     lambda of: of.ends("weighted sum - kl_weight * kl", "PRDP", column="difference")[0],
-     "every seed", 0, INF),
+     lambda of: of.gain("PRDP", OBJECTIVE), "every seed", 0, INF),
     ("P-large", "share of unseen sentences with everything right, minus that of the base at its "
-     "best guidance", lambda of: of.above_base("all_right"), "mean", 0.05, INF),
+     "best guidance: the first preset, at 1e-4",
+     lambda of: of.above_base("all_right", "PRDP, K = 4"), "mean", 0.05, INF),
+    ("P-large", "the same at 5e-5, sampled at guidance 3",
+     lambda of: of.above_base("all_right", "PRDP, K = 4, low rate", "-guidance-3"),
+     "mean", 0.05, INF),
+    ("P-large", "objective minus that of the base at 5e-5",
+     lambda of: of.gain("PRDP, K = 4, low rate", OBJECTIVE), "every seed", 0.05, INF),
 ]
