@@ -376,7 +376,11 @@ def evaluate_guidance(claim: Claim, name: str, guidances: Iterable[str], *flags:
 def fifths(metrics: list[dict], key: str) -> list[float]:
     """The mean of a metric in each fifth of the epochs; first ones that are too many are left out,
     as the first of 16."""
-    values, size = [line[key] for line in metrics], max(1, len(metrics) // 5)
+    return means([line[key] for line in metrics], max(1, len(metrics) // 5))
+
+
+def means(values: list[float], size: int) -> list[float]:
+    """Of each `size` values in a row; first ones that are too many are left out."""
     return [statistics.fmean(values[start : start + size])
             for start in range(len(values) % size, len(values), size)]
 
@@ -684,7 +688,7 @@ def costs_table() -> str:
 
 def draw(claims: list[Claim], file: Path) -> None:
     """Reward and judge against images drawn: the mean over seeds and their range."""
-    figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
+    figure = Figure(figsize=(5 * len(claims), 7.5), layout="constrained")
     for claim, column, method, folders, style in panels(claims, figure, "images drawn in training"):
         if has_curves(method):
             for axes, term in zip(column, claim.curves.values(), strict=True):
@@ -692,26 +696,24 @@ def draw(claims: list[Claim], file: Path) -> None:
         else:
             dashed = {"-": "--", ":": "-."}[style["linestyle"]]
             draw_ends(claim, folders, column, **style | {"linestyle": dashed})
-    for axes in figure.axes[: len(claims)]:
-        axes.legend()
     figure.savefig(file, dpi=100)
 
 
 def draw_distance(claims: list[Claim], file: Path) -> None:
     """How far from the base a policy had to go for its reward (above) and the judge (below). A
-    point is an epoch, the mean over seeds of the samples of training. Methods are left out whose
-    logs have no kl. A method has one colour; its second rate is dotted."""
-    figure = Figure(figsize=(5 * len(claims), 6), layout="constrained")
+    point is a tenth of the epochs (an epoch, where they are fewer than 20), the mean over seeds of
+    the samples of training. Methods are left out whose logs have no kl. A method has one colour;
+    its second rate is dotted."""
+    figure = Figure(figsize=(5 * len(claims), 7.5), layout="constrained")
     x_label = "kl to the base, nats per latent element and step"
     for claim, column, _, folders, style in panels(claims, figure, x_label):
         if read(folders[0])[0]["kl"] is not None:
             style["label"] += f" (seeds: {len(folders)})"
             for axes, term in zip(column, claim.curves.values(), strict=True):
-                means = [list(map(statistics.fmean, curves_of(folders, key)))
-                         for key in ("kl", f"reward/{term}")]
-                axes.plot(*means, marker=".", **style)
-    for axes in figure.axes[len(claims) :]:
-        axes.legend(loc="lower right", fontsize="small")
+                curves = [list(map(statistics.fmean, curves_of(folders, key)))
+                          for key in ("kl", f"reward/{term}")]
+                axes.plot(*(means(curve, max(1, len(curve) // 10)) for curve in curves),
+                          marker=".", **style)
     figure.savefig(file, dpi=100)
 
 
@@ -735,6 +737,7 @@ def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
             axes.set_ylabel(f"{kind}: {term}")
         column[0].set_title(claim.world.title)
         column[1].set_xlabel(x_label)
+        column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below, off the curves
 
 
 def curves_of(folders: list[Path], key: str) -> list[tuple[float, ...]]:
@@ -766,10 +769,9 @@ def draw_kl_term(claim: Claim) -> None:
             "distance to the base (kl)", "reward"), strict=True):
         for folders, label in zip(runs_of(claim).values(), (
                 "PRDP", "without its KL term (RLOO)"), strict=False):
-            values = [line[key] for line in read(folders[0])]
-            means = [statistics.fmean(values[i : i + 10]) for i in range(0, len(values), 10)]
-            drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(means))]
-            axes.plot(drawn, means, label=label)
+            values = means([line[key] for line in read(folders[0])], 10)
+            drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(values))]
+            axes.plot(drawn, values, label=label)
         axes.set(xlabel="images drawn in training", title=title)
         axes.legend()
     figure.savefig(LOGS / "kl-term.png", dpi=100)
