@@ -138,6 +138,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "DDPO, low rate, 40 epochs": (f"{DDPO} --num_epochs 40", "1e-4"),  # PRDP's at K = 4
     "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
     "DDPO, low rate, 100 epochs": (f"{DDPO} --num_epochs 100", "1e-4"),
+    "DDPO, lower rate, 100 epochs": (f"{DDPO} --num_epochs 100", "5e-5"),
     **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
        for weight in (1, 30, 300, 1000)},
     "PRDP, K = 4, 40 epochs": (f"{K4} --num_epochs 40", "PRDP, K = 4"),
@@ -219,7 +220,8 @@ CLAIMS = {
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", (
         "PRDP, K = 4", "PRDP, K = 4, low rate", "PRDP, K = 4, 80 epochs", "GRPO, K = 4", "DDPO",
-        "DDPO, 100 epochs", "DDPO, low rate, 100 epochs"), "2,3,4,5,6"),
+        "DDPO, 100 epochs", "DDPO, low rate, 100 epochs", "DDPO, lower rate, 100 epochs"),
+        "2,3,4,5,6"),
     "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
                         "DDPO", "DDPO, no clipping")),
     "D": Claim("demo", ("PRDP", "PRDP, offline")),

@@ -46,6 +46,10 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.lead("PRDP, K = 4", "PRDP, K = 4, low rate"), "mean", -0.006, 0.004),
     ("B4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate", "kl")[-1],
      "every seed", 0.03, 0.05),
+    ("B4", "reward of PRDP then minus that of DDPO with as much time, at this rate, too",
+     lambda of: of.lead("DDPO, lower rate, 100 epochs", "PRDP, K = 4, low rate"), "mean", 0, INF),
+    ("B4", "kl of DDPO then", lambda of: of.curve("DDPO, lower rate, 100 epochs", "kl")[-1],
+     "mean", 0.04, 0.08),
     ("C", "epochs by which the norm clip alone delays PRDP's collapse",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
      of.collapse("PRDP, K = 4, no clipping"), "every seed", 0, INF),
