@@ -917,7 +917,7 @@ PRESETS = {
     "small": {}, "multi": MULTI, "demo": DEMO,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
     "demo-large": DEMO | dict(prompts="emoji", num_epochs=40, guidance_scale=1.5, kl_weight=1.0,
-                              learning_rate=1e-4),
+                              learning_rate=5e-5),
 }
 # A baseline's own defaults, under any preset. DDPO also takes one image of each of the preset's
 # N * B prompts instead of B images of each of N: 512 prompts in the paper's settings.

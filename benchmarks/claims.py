@@ -21,8 +21,8 @@ reported seeds then showed another order of PRDP's rates, so later sweeps have s
 ablation, a method less one part, has the rate of the whole. Methods differ by the flags in METHODS
 alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
 are. P is the preset demo as it is: its sweep is judged by its evaluations, by reward and by
-objective, and the reported seeds have the rate of the preset. P-large is of runs of B4, whose flags
-are those of the preset demo-large (a test), and of one of them that went on to 80 epochs.
+objective, and the reported seeds have the rate of the preset. P-large is of runs of B4. Those at
+5e-5 have the flags of the preset demo-large (a test), those at 1e-4 had them before 5e-5 was tried.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -69,7 +69,8 @@ were I in two processes and K = 4 with demo-large, whose sweep had its 5e-5 afte
 When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in C, and
 short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at a low rate
 in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
-49 epochs of I's RLOO, of which H's on seed 2 are the first 80.
+49 epochs of I's RLOO, of which H's on seed 2 are the first 80. Those of 5e-5 in B4 and P-large are
+of after seed 0's run at that rate.
 """
 
 import argparse
@@ -102,7 +103,7 @@ from levels import SPREAD  # noqa: E402
 from predictions import OBJECTIVE, PREDICTIONS  # noqa: E402
 
 import prdp  # noqa: E402
-from demo.judge import seen  # noqa: E402
+from demo.judge import all_right, seen  # noqa: E402
 
 LOGS, RUNS = ROOT / "benchmarks/claims", ROOT / "runs/claims"
 REWARD = "clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0"
@@ -242,7 +243,7 @@ CLAIMS = {
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
-    "P-large": Claim("demo-large", ("PRDP, K = 4", "PRDP, K = 4, low rate")),
+    "P-large": Claim("demo-large", ("PRDP, K = 4, low rate", "PRDP, K = 4")),
 }
 
 
@@ -851,7 +852,8 @@ def draw_samples(name: str) -> None:
 
 def draw_before_after() -> None:
     """The README's picture: the first run of P-large, four unseen sentences spread over the list,
-    three images of each, before and after from the same noise."""
+    three images of each, before and after from the same noise. Where the judge finds everything
+    right, the frame is green."""
     config, models = load_run(kept_runs("P-large")[0][1])
     (prompts,) = prdp.load_prompts("emoji-unseen", print).values()
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
@@ -862,8 +864,11 @@ def draw_before_after() -> None:
                                                 ("after", models.policy))):
             cells[0, side].set_title(label, fontsize=9)
             latents = prdp.sample_for_evaluation(config, models, policy, prompts, [index], 3)[1]
-            for cell, image in zip(cells[:, side], models.decode(latents[:, -1]), strict=True):
+            images = models.decode(latents[:, -1])
+            is_right = all_right(images, [prompts[index]] * 3).bool()
+            for cell, image, right in zip(cells[:, side], images, is_right, strict=True):
                 show(cell, image)
+                cell.spines[:].set(color="tab:green" if right else "lightgrey", linewidth=4)
     figure.savefig(ROOT / "demo/before-after.png", dpi=100)
 
 
