@@ -16,9 +16,9 @@ is not run again; to repeat it, delete them.
 What is the same for all methods of a claim: the world's flags, so the images of an epoch, the
 epochs, the number of steps and guidance; the noise of the evaluation (seed 1000); and how the
 learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
-is highest, on seeds that are not reported. That was seed 0 alone for A to I. On 45 prompts the five
-reported seeds then showed another order of PRDP's rates, so later sweeps have seeds 0 and 1. An
-ablation, a method less one part, has the rate of the whole. Methods differ by the flags in METHODS
+is highest, on seeds that are not reported. That was seed 0 alone. On 45 prompts the five reported
+seeds then showed another order of PRDP's rates, so the sweep of P has seeds 0 and 1. An ablation, a
+method less one part, has the rate of the whole. Methods differ by the flags in METHODS
 alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
 are. P is the preset demo as it is: its sweep is judged by its evaluations, by reward and by
 objective, and the reported seeds have the rate of the preset. P-large is of runs of B4. Those at
