@@ -18,11 +18,11 @@ epochs, the number of steps and guidance; the noise of the evaluation (seed 1000
 learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
 is highest, on seeds that are not reported. That was seed 0 alone. On 45 prompts the five reported
 seeds then showed another order of PRDP's rates, so the sweep of P has seeds 0 and 1. An ablation, a
-method less one part, has the rate of the whole. Methods differ by the flags in METHODS
-alone. The flags of the worlds demo and demo-large stand here, whatever the presets of these names
-are. P is the preset demo as it is: its sweep is judged by its evaluations, by reward and by
-objective, and the reported seeds have the rate of the preset. P-large is of runs of B4. Those at
-5e-5 have the flags of the preset demo-large (a test), those at 1e-4 had them before 5e-5 was tried.
+method less one part, has the rate of the whole. Methods differ by the flags in METHODS alone. The
+flags of the worlds demo and demo-large stand here, whatever the presets of these names are. P is
+the preset demo as it is: its sweep is judged by its evaluations, by reward and by objective, and
+the reported seeds have the rate of the preset. P-large is of runs of B4. Those at 5e-5 have the
+flags of the preset demo-large (a test), those at 1e-4 had them before 5e-5 was tried.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -616,7 +616,7 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
                  f"base's samples, {last:.2f} in the last fifth of the epochs.\n\n")
     shown = {name: claim for name, claim in CLAIMS.items() if is_shown(claim)}
     for name, claim in shown.items():
-        draw([claim], LOGS / f"{name}.png")
+        draw(claim, LOGS / f"{name}.png")
         text += f"## {name}\n\n{ends_table(claim)}"
         text += guidance_table(claim)
         text += curves_table(claim)
@@ -626,9 +626,6 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
-    for first, second in (("A", "B"), ("A4", "B4")):
-        if {first, second} <= shown.keys():
-            draw([shown[first], shown[second]], LOGS / f"{first}-and-{second}.png")
     both = [replace(shown[at_4], methods=(*CLAIMS[at_1].methods, *shown[at_4].methods))
             for at_1, at_4 in (("A", "A4"), ("B", "B4")) if at_4 in shown]
     if both:
@@ -690,10 +687,10 @@ def costs_table() -> str:
     return table(["claim", "runs", "hours of training in one thread"], rows)
 
 
-def draw(claims: list[Claim], file: Path) -> None:
+def draw(claim: Claim, file: Path) -> None:
     """Reward and judge against images drawn: the mean over seeds and their range."""
-    figure = Figure(figsize=(5 * len(claims), 7.5), layout="constrained")
-    for claim, column, method, folders, style in panels(claims, figure, "images drawn in training"):
+    figure = Figure(figsize=(5, 7.5), layout="constrained")
+    for _, column, method, folders, style in panels([claim], figure, "images drawn in training"):
         if has_curves(method):
             for axes, term in zip(column, claim.curves.values(), strict=True):
                 draw_curves(axes, folders, f"reward/{term}", **style)

@@ -70,6 +70,7 @@ def test_the_claims_report_is_made_from_the_logs_alone(tmp_path, monkeypatch):
     (tmp_path / "claims/README.md").unlink()
     claims.report()
     assert (tmp_path / "claims/README.md").read_text() == shown
+    assert all(f"({file.name})" in shown for file in (tmp_path / "claims").glob("*.png"))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(
