@@ -146,6 +146,7 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "PRDP, K = 4, 40 epochs": (f"{K4} --num_epochs 40", "PRDP, K = 4"),
     "PRDP, K = 4, low rate, 40 epochs": (f"{K4} --num_epochs 40", "5e-5"),
     "PRDP, K = 4, low rate": (K4, "5e-5"),
+    "PRDP, K = 4, low rate, 60 epochs": (f"{K4} --num_epochs 60", "5e-5"),
     "PRDP, K = 4, 80 epochs": (f"{K4} --num_epochs 80", "PRDP, K = 4"),
     "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
     "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
@@ -221,9 +222,9 @@ CLAIMS = {
         "DDPO", "DDPO, 40 epochs", "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", (
-        "PRDP, K = 4", "PRDP, K = 4, low rate", "PRDP, K = 4, 80 epochs", "GRPO, K = 4", "DDPO",
-        "DDPO, 100 epochs", "DDPO, low rate, 100 epochs", "DDPO, lower rate, 100 epochs"),
-        "2,3,4,5,6"),
+        "PRDP, K = 4", "PRDP, K = 4, low rate", "PRDP, K = 4, low rate, 60 epochs",
+        "PRDP, K = 4, 80 epochs", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs",
+        "DDPO, low rate, 100 epochs", "DDPO, lower rate, 100 epochs"), "2,3,4,5,6"),
     "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
                         "DDPO", "DDPO, no clipping")),
     "D": Claim("demo", ("PRDP", "PRDP, offline")),
@@ -244,7 +245,8 @@ CLAIMS = {
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
-    "P-large": Claim("demo-large", ("PRDP, K = 4, low rate", "PRDP, K = 4")),
+    "P-large": Claim("demo-large", (
+        "PRDP, K = 4, low rate", "PRDP, K = 4, low rate, 60 epochs", "PRDP, K = 4")),
 }
 
 

@@ -104,6 +104,12 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
     ("P-large", "the same at 5e-5, sampled at guidance 3",
      lambda of: of.above_base("all_right", "PRDP, K = 4, low rate", "-guidance-3"),
      "mean", 0.05, INF),
+    ("P-large", "the same after 60 epochs",
+     lambda of: of.above_base("all_right", "PRDP, K = 4, low rate, 60 epochs", "-guidance-3"),
+     "mean", 0.05, INF),
+    ("P-large", "objective then minus that after 40 epochs",
+     lambda of: (of.gain("PRDP, K = 4, low rate, 60 epochs", OBJECTIVE) -
+                 of.gain("PRDP, K = 4, low rate", OBJECTIVE)), "mean", -0.01, 0.01),
     ("P-large", "objective minus that of the base at 5e-5",
      lambda of: of.gain("PRDP, K = 4, low rate", OBJECTIVE), "every seed", 0.05, INF),
 ]
