@@ -18,11 +18,12 @@ epochs, the number of steps and guidance; the noise of the evaluation (seed 1000
 learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
 is highest, on seeds that are not reported. That was seed 0 alone. On 45 prompts the five reported
 seeds then showed another order of PRDP's rates, so the sweep of P has seeds 0 and 1. An ablation, a
-method less one part, has the rate of the whole. Methods differ by the flags in METHODS alone. The
-flags of the worlds demo and demo-large stand here, whatever the presets of these names are. P is
-the preset demo as it is: its sweep is judged by its evaluations, by reward and by objective, and
-the reported seeds have the rate of the preset. P-large is of runs of B4. Those at 5e-5 have the
-flags of the preset demo-large (a test), those at 1e-4 had them before 5e-5 was tried.
+method less one part, has the rate of the whole. A rate in a claim's method is not from a sweep.
+Methods differ by the flags in METHODS and the rate alone. The flags of the worlds demo and
+demo-large stand here, whatever the presets of these names are. P is the preset demo as it is: its
+sweep is judged by its evaluations, by reward and by objective, and the reported seeds have the rate
+of the preset. P-large is of runs of B4. Those at 5e-5 have the flags of the preset demo-large (a
+test), those at 1e-4 had them before 5e-5 was tried.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -65,8 +66,8 @@ epoch, PRDP 1 in A and B. A's best rate of DDPO is the highest of the grid, so a
 better. E's methods have rates that were swept on another reward, M's on the reward without levels.
 D's offline training has online training's rate, not one of its own. B's runs of PRDP at 1e-4 are
 the first half of H's (seed 0 of H is there for the sweep of B alone), and A's of seed 2 is the
-beginning of G's. Runs of A and D at 1e-4, where another rate is the best, were begun by hand, as
-were I in two processes and K = 4 with demo-large, whose sweep had its 5e-5 after the reported runs.
+beginning of G's. I ran in two processes. The sweep of K = 4 with demo-large had its 5e-5 after the
+reported runs. Some logs' folders had other names when their config.json was written.
 When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in C, and
 short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at a low rate
 in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
@@ -117,7 +118,7 @@ K4 = "--updates_per_epoch 4"
 JPEG = "--reward jpeg_compressibility,clip:demo/clip=0,demo/judge.py:animal=0"
 LEVELS = (1, 3, 10)  # how many times the spread within a prompt
 AT = {level: f"--reward {REWARD},benchmarks/levels.py:level={level * SPREAD:g}" for level in LEVELS}
-METHODS = {  # flags, and the method whose best learning rate it has, or rates
+METHODS = {  # flags, and the method whose best learning rate it has where a claim gives none
     "PRDP": ("", "PRDP"),
     "DDPO": (DDPO, "DDPO"),
     "DDPO, batch statistics": (f"{DDPO} --tracker_size 0", "DDPO, batch statistics"),
@@ -127,39 +128,28 @@ METHODS = {  # flags, and the method whose best learning rate it has, or rates
     "PRDP, K = 4, norm clip alone": (f"{K4} --clip_range inf --max_grad_norm 0.01", "PRDP, K = 4"),
     "DDPO, no clipping": (f"{DDPO} --clip_range inf", "DDPO"),
     "PRDP, offline": ("--offline", "PRDP"),
-    "PRDP, JPEG, KL 0.3": (f"{JPEG} --kl_weight 0.3", "PRDP"),
-    "PRDP, JPEG, KL 3": (f"{JPEG} --kl_weight 3", "PRDP"),
-    "PRDP, JPEG, KL 30": (f"{JPEG} --kl_weight 30", "PRDP"),
+    **{f"PRDP, JPEG, KL {weight}": (f"{JPEG} --kl_weight {weight}", "PRDP")
+       for weight in (0.3, 1, 3, 30, 300, 1000)},
     "DDPO, JPEG": (f"{JPEG} {DDPO}", "DDPO"),
     "PRDP, KL 0.001": ("--kl_weight 0.001 --max_grad_norm inf", "PRDP"),
     "RLOO": ("--objective rloo --max_grad_norm inf", "PRDP"),
-    "PRDP, 80 epochs": ("--num_epochs 80", "1e-4"),
-    "PRDP, 400 epochs": ("--num_epochs 400", "1e-4"),
+    "PRDP, 80 epochs": ("--num_epochs 80", "PRDP"),
+    "PRDP, 400 epochs": ("--num_epochs 400", "PRDP"),
     "GRPO, K = 4": (f"--objective grpo {K4}", "GRPO, K = 4"),
-    "DDPO, 40 epochs": (f"{DDPO} --num_epochs 40", "DDPO"),
-    "DDPO, low rate, 40 epochs": (f"{DDPO} --num_epochs 40", "1e-4"),  # PRDP's at K = 4
-    "DDPO, 100 epochs": (f"{DDPO} --num_epochs 100", "DDPO"),
-    "DDPO, low rate, 100 epochs": (f"{DDPO} --num_epochs 100", "1e-4"),
-    "DDPO, lower rate, 100 epochs": (f"{DDPO} --num_epochs 100", "5e-5"),
-    **{f"PRDP, JPEG, low rate, KL {weight}": (f"{JPEG} --kl_weight {weight}", "2e-5,5e-5")
-       for weight in (1, 30, 300, 1000)},
-    "PRDP, K = 4, 40 epochs": (f"{K4} --num_epochs 40", "PRDP, K = 4"),
-    "PRDP, K = 4, low rate, 40 epochs": (f"{K4} --num_epochs 40", "5e-5"),
-    "PRDP, K = 4, low rate": (K4, "5e-5"),
-    "PRDP, K = 4, low rate, 60 epochs": (f"{K4} --num_epochs 60", "5e-5"),
-    "PRDP, K = 4, 80 epochs": (f"{K4} --num_epochs 80", "PRDP, K = 4"),
-    "PRDP, K = 4, 400 epochs": (f"{K4} --num_epochs 400", "PRDP, K = 4"),
-    "DDPO, 400 epochs": (f"{DDPO} --num_epochs 400", "DDPO"),
+    **{f"DDPO, {count} epochs": (f"{DDPO} --num_epochs {count}", "DDPO")
+       for count in (40, 100, 400)},
+    **{f"PRDP, K = 4, {count} epochs": (f"{K4} --num_epochs {count}", "PRDP, K = 4")
+       for count in (40, 60, 80, 400)},
     "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
-    "RLOO, 400 epochs": ("--objective rloo --num_epochs 400", "PRDP"),
-    "RLOO, 80 epochs": ("--objective rloo --num_epochs 80", "1e-4"),
-    "RLOO, 160 epochs": ("--objective rloo --num_epochs 160", "1e-4"),
+    **{f"RLOO, {count} epochs": (f"--objective rloo --num_epochs {count}", "PRDP")
+       for count in (80, 160, 400)},
     **{f"DDPO, level {level}": (f"{DDPO} {flags}", "DDPO") for level, flags in AT.items()},
     "DDPO, batch statistics, level 10": (
         f"{DDPO} --tracker_size 0 {AT[10]}", "DDPO, batch statistics"),
     "PRDP, K = 4, level 10": (f"{K4} {AT[10]}", "PRDP, K = 4"),
-    "PRDP, K = 4, KL 300": (f"{K4} --kl_weight 300 --num_epochs 32", "2e-5"),
-    "PRDP, K = 4, KL 300, offline": (f"{K4} --kl_weight 300 --num_epochs 32 --offline", "2e-5"),
+    "PRDP, K = 4, KL 300": (f"{K4} --kl_weight 300 --num_epochs 32", "PRDP, K = 4"),
+    "PRDP, K = 4, KL 300, offline": (
+        f"{K4} --kl_weight 300 --num_epochs 32 --offline", "PRDP, K = 4"),
 }
 
 
@@ -191,7 +181,7 @@ GUIDANCES, OTHER_GUIDANCES = ("1", "1.5", "3", "5", "8"), ("3", "5")  # of the b
 @dataclass
 class Claim:
     world_name: str
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # "METHOD" at every rate at which it has logs, or "METHOD, RATE"
     seeds: str = "2,3,4"
     own_terms: tuple[str, ...] = ()
     once: tuple[str, ...] = ()  # the methods that have the first seed alone
@@ -209,6 +199,12 @@ class Claim:
         return seeds[:1] if method in self.once else seeds
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each method with each rate that it may have."""
+        return list(dict.fromkeys(
+            pair for method in self.methods for pair in pairs_of(method)))
+
+    @property
     def curves(self) -> dict[str, str]:
         """The terms of the curves."""
         return {"reward": self.terms[0], "judge": self.terms[-1]}
@@ -216,37 +212,39 @@ class Claim:
 
 JPEG_TERMS = ("jpeg_compressibility", "clip", "animal")
 CLAIMS = {
-    "A": Claim("demo", ("PRDP", "DDPO", "DDPO, batch statistics", "GRPO"), "2,3,4,5,6"),
+    "A": Claim("demo", ("PRDP", "PRDP, 1e-4", "DDPO", "DDPO, batch statistics", "GRPO"),
+               "2,3,4,5,6"),
     "A4": Claim("demo", (
-        "PRDP, K = 4", "PRDP, K = 4, 40 epochs", "PRDP, K = 4, low rate, 40 epochs", "GRPO, K = 4",
-        "DDPO", "DDPO, 40 epochs", "DDPO, low rate, 40 epochs"), "2,3,4,5,6"),
+        "PRDP, K = 4", "PRDP, K = 4, 40 epochs", "PRDP, K = 4, 40 epochs, 5e-5",
+        "GRPO, K = 4, 1e-4", "DDPO", "DDPO, 40 epochs", "DDPO, 40 epochs, 1e-4"), "2,3,4,5,6"),
     "B": Claim("demo-large", ("PRDP", "DDPO", "GRPO"), "2,3,4,5,6"),
     "B4": Claim("demo-large", (
-        "PRDP, K = 4", "PRDP, K = 4, low rate", "PRDP, K = 4, low rate, 60 epochs",
-        "PRDP, K = 4, 80 epochs", "GRPO, K = 4", "DDPO", "DDPO, 100 epochs",
-        "DDPO, low rate, 100 epochs", "DDPO, lower rate, 100 epochs"), "2,3,4,5,6"),
+        "PRDP, K = 4", "PRDP, K = 4, 5e-5", "PRDP, K = 4, 60 epochs, 5e-5",
+        "PRDP, K = 4, 80 epochs", "GRPO, K = 4, 1e-4", "DDPO", "DDPO, 100 epochs",
+        "DDPO, 100 epochs, 1e-4", "DDPO, 100 epochs, 5e-5"), "2,3,4,5,6"),
     "C": Claim("demo", ("PRDP, K = 4", "PRDP, K = 4, no clipping", "PRDP, K = 4, norm clip alone",
                         "DDPO", "DDPO, no clipping")),
-    "D": Claim("demo", ("PRDP", "PRDP, offline")),
-    "E": Claim("demo", ("PRDP, JPEG, KL 0.3", "PRDP, JPEG, KL 3", "PRDP, JPEG, KL 30",
+    "D": Claim("demo", ("PRDP", "PRDP, 1e-4", "PRDP, offline", "PRDP, offline, 1e-4"),
+               once=("PRDP, offline, 1e-4",)),
+    "E": Claim("demo", (*(f"PRDP, JPEG, KL {weight}, 2e-4" for weight in (0.3, 3, 30)),
                         "DDPO, JPEG"), own_terms=JPEG_TERMS),
-    "E2": Claim("demo", tuple(f"PRDP, JPEG, low rate, KL {weight}"
-                              for weight in (1, 30, 300, 1000)), own_terms=JPEG_TERMS),
+    "E2": Claim("demo", tuple(f"PRDP, JPEG, KL {weight}, {rate}" for weight in (1, 30, 300, 1000)
+                              for rate in ("2e-5", "5e-5")), own_terms=JPEG_TERMS),
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
-    "G": Claim("demo", ("PRDP, 80 epochs",), "2"),
-    "H": Claim("demo-large", ("PRDP, 80 epochs", "RLOO, 80 epochs")),
-    "I": Claim("demo-large", ("PRDP, 400 epochs", "RLOO, 160 epochs"), "2"),
+    "G": Claim("demo", ("PRDP, 80 epochs, 1e-4",), "2"),
+    "H": Claim("demo-large", ("PRDP, 80 epochs, 1e-4", "RLOO, 80 epochs, 1e-4")),
+    "I": Claim("demo-large", ("PRDP, 400 epochs, 1e-4", "RLOO, 160 epochs, 1e-4"), "2"),
     "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
                               "RLOO, 400 epochs"), "2,3"),
     "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
                         "DDPO, level 10", "PRDP, K = 4", "PRDP, K = 4, level 10")),
     "M-large": Claim("demo-large", (
-        "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4",
+        "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4, 1e-4",
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
-    "R": Claim("demo", ("PRDP, K = 4, KL 300", "PRDP, K = 4, KL 300, offline")),
+    "R": Claim("demo", ("PRDP, K = 4, KL 300, 2e-5", "PRDP, K = 4, KL 300, offline, 2e-5")),
     "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
     "P-large": Claim("demo-large", (
-        "PRDP, K = 4, low rate", "PRDP, K = 4, low rate, 60 epochs", "PRDP, K = 4")),
+        "PRDP, K = 4, 5e-5", "PRDP, K = 4, 60 epochs, 5e-5", "PRDP, K = 4, 1e-4")),
 }
 
 
@@ -258,7 +256,8 @@ class Logs:
 
     def curve(self, method: str, key: str = "reward/clip") -> list[float]:
         """A metric in each fifth of the epochs."""
-        return fifths(read(self.folders(method)[0]), key)
+        (folder,) = self.folders(method)
+        return fifths(read(folder), key)
 
     def ends(self, term: str, *methods: str, column: str = "finetuned") -> list[float]:
         """Of the evaluation on its last prompts: each method at each of its rates."""
@@ -282,7 +281,8 @@ class Logs:
 
     def collapse(self, method: str) -> float:
         """The first epoch with a mean reward under 0.2, or inf."""
-        rewards = [line["reward/clip"] for line in read(self.folders(method)[0])]
+        (folder,) = self.folders(method)
+        rewards = [line["reward/clip"] for line in read(folder)]
         return next((i for i, reward in enumerate(rewards, 1) if reward < 0.2), math.inf)
 
     def above_base(self, term: str, method: str, at: str = "") -> float:
@@ -295,9 +295,9 @@ class Logs:
         return end - max(self.evaluated(tried, term, "base"))
 
     def folders(self, method: str) -> list[Path]:
-        assert method in self.claim.methods, method
-        folders = [LOGS / name_of(self.claim.world_name, method, rate, self.seed)
-                   for rate in ALL_RATES]
+        pairs = [pair for pair in pairs_of(method) if pair in self.claim.pairs]
+        assert pairs, method
+        folders = [LOGS / name_of(self.claim.world_name, *pair, self.seed) for pair in pairs]
         if not (found := [folder for folder in folders if folder.exists()]):
             raise LookupError
         return found
@@ -311,6 +311,12 @@ class Logs:
 
 COUNTED = {"mean": lambda seeds: [statistics.fmean(seeds)], "every seed": list,
            "one seed": lambda seeds: [max(seeds)]}
+
+
+def pairs_of(method: str) -> list[tuple[str, str]]:
+    """A claim's method with each rate that it may have: all, if "METHOD, RATE" does not say."""
+    name, _, rate = method.rpartition(", ")
+    return [(name, rate)] if rate in ALL_RATES else [(method, rate) for rate in ALL_RATES]
 
 
 def name_of(world: str, method: str, rate: str, seed: str) -> str:
@@ -398,19 +404,17 @@ def sweep_ends(world: str, method: str, seed: str) -> dict[str, float]:
             for rate, folder in folders.items() if folder.exists()}
 
 
-def rates_of(claim: Claim, method: str) -> list[str]:
-    """At which to run it: those in METHODS, a preset's own, or the best of the sweep, for which
-    seeds count that have all rates. Raises ValueError if there is none."""
+def rate_of(claim: Claim, method: str) -> str:
+    """At which to run it: a preset's own, or the best of the sweep, for which seeds count that have
+    all rates. Raises ValueError if there is none."""
     world, source = claim.world, METHODS[method][1]
-    if source not in METHODS:
-        return source.split(",")
     if world.is_preset:
         own = prdp.parse_config(flags_of(claim.world_name, method)).learning_rate
-        return [world.rates[list(map(float, world.rates)).index(own)]]
+        return world.rates[list(map(float, world.rates)).index(own)]
     sweeps = [sweep_ends(claim.world_name, source, seed) for seed in SWEEP_SEEDS]
     if not (whole := [ends for ends in sweeps if len(ends) == len(world.rates)]):
         raise ValueError(f"{source} in {claim.world_name} lacks its sweep: --rates says which")
-    return [max(world.rates, key=lambda rate: sum(ends[rate] for ends in whole))]
+    return max(world.rates, key=lambda rate: sum(ends[rate] for ends in whole))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -429,7 +433,7 @@ def mean_and_error(values: list[float], digits: int = 3) -> str:
 def runs_of(claim: Claim) -> dict[tuple[str, str], list[Path]]:
     """The logs of the reported seeds, by (method, learning rate)."""
     runs = {}
-    for method, rate in itertools.product(claim.methods, ALL_RATES):
+    for method, rate in claim.pairs:
         folders = [LOGS / name_of(claim.world_name, method, rate, seed)
                    for seed in claim.seeds.split(",")]
         if found := [folder for folder in folders if folder.exists()]:
@@ -651,11 +655,11 @@ def figure_section(title: str, draw: Callable, name: str) -> str:
 
 
 def is_shown(claim: Claim) -> bool:
-    """Whether there is a run of a method that no claim of the world before it has."""
+    """Whether there is a run that no claim of the world before it has."""
     before = itertools.takewhile(lambda other: other is not claim, CLAIMS.values())
-    shown = {method for other in before if other.world_name == claim.world_name
-             for method in other.methods}
-    return any(method not in shown for method, _ in runs_of(claim))
+    shown = {pair for other in before if other.world_name == claim.world_name
+             for pair in other.pairs}
+    return bool(runs_of(claim).keys() - shown)
 
 
 def between_prompts(world: str) -> tuple[float, float]:
@@ -674,8 +678,8 @@ def costs_table() -> str:
     had to wait. An epoch counts where it is first, and once for runs with the same beginning."""
     counted, rows = set(), []
     for name, claim in CLAIMS.items():
-        swept = [LOGS / name_of(claim.world_name, *run)
-                 for run in itertools.product(claim.methods, ALL_RATES, SWEEP_SEEDS)]
+        swept = [LOGS / name_of(claim.world_name, *pair, seed)
+                 for pair, seed in itertools.product(claim.pairs, SWEEP_SEEDS)]
         reported = itertools.chain(*runs_of(claim).values())
         num_runs, hours = 0, 0
         for folder in sorted({folder for folder in (*swept, *reported) if folder.exists()}):
@@ -705,8 +709,8 @@ def draw(claim: Claim, file: Path) -> None:
 def draw_distance(claims: list[Claim], file: Path) -> None:
     """How far from the base a policy had to go for its reward (above) and the judge (below). A
     point is a tenth of the epochs (an epoch, where they are fewer than 20), the mean over seeds of
-    the samples of training. Methods are left out whose logs have no kl. A method has one colour;
-    its second rate is dotted."""
+    the samples of training. Methods are left out whose logs have no kl. A method has one colour,
+    and a line style for each rate."""
     figure = Figure(figsize=(5 * len(claims), 7.5), layout="constrained")
     x_label = "kl to the base, nats per latent element and step"
     for claim, column, _, folders, style in panels(claims, figure, x_label):
@@ -733,7 +737,7 @@ def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
         rates = Counter()
         for (method, rate), folders in runs_of(claim).items():
             yield claim, column, method, folders, dict(
-                color=color_of[method], linestyle="-:"[rates[method]],
+                color=color_of[method], linestyle=("-", ":", "-.")[rates[method]],
                 label=f"{method}, {rate}")
             rates[method] += 1
         for axes, (kind, term) in zip(column, claim.curves.items(), strict=True):
@@ -947,17 +951,18 @@ def main() -> None:
     seeds = SWEEP_SEEDS if is_sweep else claim.seeds.split(",")
     seeds = arguments.seeds.split(",") if arguments.seeds else seeds
     for seed, method in itertools.product(seeds, methods):
-        if is_sweep and METHODS[method][1] == method:
+        (name, rate), *others = pairs_of(method)
+        if is_sweep and METHODS[name][1] == method:
             rates = given or claim.world.rates
         elif not is_sweep and seed in claim.seeds_of(method):
-            rates = given or rates_of(claim, method)
+            rates = given or [rate_of(claim, name) if others else rate]
         else:
             continue
         for rate in rates:
             if is_sweep and not claim.world.is_preset:
-                train(claim.world_name, method, rate, seed)
+                train(claim.world_name, name, rate, seed)
             else:
-                train_and_evaluate(claim, method, rate, seed)
+                train_and_evaluate(claim, name, rate, seed)
 
 
 if __name__ == "__main__":

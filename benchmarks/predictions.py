@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 INF = math.inf
 OBJECTIVE = "weighted sum - kl_weight * kl"
-HELD = ("PRDP, JPEG, low rate, KL 300", "PRDP, JPEG, low rate, KL 1000")
+HELD = ("PRDP, JPEG, KL 300", "PRDP, JPEG, KL 1000")
 FREE = ("GRPO, 400 epochs", "RLOO, 400 epochs")
 
 
@@ -23,32 +23,32 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
     ("A4", "reward of PRDP minus that of DDPO with as many images",
      lambda of: of.lead("DDPO"), "every seed", 0, INF),
     ("A4", "reward of PRDP minus that of DDPO with as much time",
-     lambda of: of.lead("DDPO, 40 epochs"), "mean", -INF, 0),
+     lambda of: of.lead("DDPO, 40 epochs, 4e-4"), "mean", -INF, 0),
     ("A4", "reward of PRDP with 40 epochs minus that of DDPO with 40 at PRDP's rate",
-     lambda of: of.lead("DDPO, low rate, 40 epochs", "PRDP, K = 4, 40 epochs"), "mean", 0, INF),
+     lambda of: of.lead("DDPO, 40 epochs, 1e-4", "PRDP, K = 4, 40 epochs, 1e-4"), "mean", 0, INF),
     ("A4", "the same with half the rate for PRDP",
-     lambda of: of.lead("DDPO, low rate, 40 epochs", "PRDP, K = 4, low rate, 40 epochs"),
+     lambda of: of.lead("DDPO, 40 epochs, 1e-4", "PRDP, K = 4, 40 epochs, 5e-5"),
      "mean", 0, INF),
-    ("A4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate, 40 epochs", "kl")[-1],
+    ("A4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, 40 epochs, 5e-5", "kl")[-1],
      "mean", 0.03, 0.06),
     ("A4", "reward of PRDP minus that of GRPO at the same K and rate",
      lambda of: of.lead("GRPO, K = 4"), "every seed", 0, INF),
-    ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4")[-1], "mean", 0.672, 0.678),
+    ("B4", "reward of PRDP", lambda of: of.curve("PRDP, K = 4, 1e-4")[-1], "mean", 0.672, 0.678),
     ("B4", "reward of PRDP minus that of DDPO with as many images",
-     lambda of: of.lead("DDPO"), "every seed", 0, INF),
+     lambda of: of.lead("DDPO", "PRDP, K = 4, 1e-4"), "every seed", 0, INF),
     ("B4", "reward of PRDP minus that of DDPO with as much time",
-     lambda of: of.lead("DDPO, 100 epochs"), "mean", -INF, 0),
+     lambda of: of.lead("DDPO, 100 epochs, 2e-4", "PRDP, K = 4, 1e-4"), "mean", -INF, 0),
     ("B4", "the same at PRDP's rate",
-     lambda of: of.lead("DDPO, low rate, 100 epochs"), "mean", -INF, 0),
+     lambda of: of.lead("DDPO, 100 epochs, 1e-4", "PRDP, K = 4, 1e-4"), "mean", -INF, 0),
     ("B4", "reward of PRDP minus that of GRPO at the same K and rate",
-     lambda of: of.lead("GRPO, K = 4"), "every seed", 0, INF),
+     lambda of: of.lead("GRPO, K = 4", "PRDP, K = 4, 1e-4"), "every seed", 0, INF),
     ("B4", "reward of PRDP at half its rate minus that at its rate",
-     lambda of: of.lead("PRDP, K = 4", "PRDP, K = 4, low rate"), "mean", -0.006, 0.004),
-    ("B4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, low rate", "kl")[-1],
+     lambda of: of.lead("PRDP, K = 4, 1e-4", "PRDP, K = 4, 5e-5"), "mean", -0.006, 0.004),
+    ("B4", "kl of PRDP then", lambda of: of.curve("PRDP, K = 4, 5e-5", "kl")[-1],
      "every seed", 0.03, 0.05),
     ("B4", "reward of PRDP then minus that of DDPO with as much time, at this rate, too",
-     lambda of: of.lead("DDPO, lower rate, 100 epochs", "PRDP, K = 4, low rate"), "mean", 0, INF),
-    ("B4", "kl of DDPO then", lambda of: of.curve("DDPO, lower rate, 100 epochs", "kl")[-1],
+     lambda of: of.lead("DDPO, 100 epochs, 5e-5", "PRDP, K = 4, 5e-5"), "mean", 0, INF),
+    ("B4", "kl of DDPO then", lambda of: of.curve("DDPO, 100 epochs, 5e-5", "kl")[-1],
      "mean", 0.04, 0.08),
     ("C", "epochs by which the norm clip alone delays PRDP's collapse",
      lambda of: of.collapse("PRDP, K = 4, norm clip alone") -
@@ -100,16 +100,16 @@ PREDICTIONS: list[tuple[str, str, Callable, str, float, float]] = [
      lambda of: of.gain("PRDP", OBJECTIVE), "every seed", 0, INF),
     ("P-large", "share of unseen sentences with everything right, minus that of the base at its "
      "best guidance: the first preset, at 1e-4",
-     lambda of: of.above_base("all_right", "PRDP, K = 4"), "mean", 0.05, INF),
+     lambda of: of.above_base("all_right", "PRDP, K = 4, 1e-4"), "mean", 0.05, INF),
     ("P-large", "the same at 5e-5, sampled at guidance 3",
-     lambda of: of.above_base("all_right", "PRDP, K = 4, low rate", "-guidance-3"),
+     lambda of: of.above_base("all_right", "PRDP, K = 4, 5e-5", "-guidance-3"),
      "mean", 0.05, INF),
     ("P-large", "the same after 60 epochs",
-     lambda of: of.above_base("all_right", "PRDP, K = 4, low rate, 60 epochs", "-guidance-3"),
+     lambda of: of.above_base("all_right", "PRDP, K = 4, 60 epochs, 5e-5", "-guidance-3"),
      "mean", 0.05, INF),
     ("P-large", "objective then minus that after 40 epochs",
-     lambda of: (of.gain("PRDP, K = 4, low rate, 60 epochs", OBJECTIVE) -
-                 of.gain("PRDP, K = 4, low rate", OBJECTIVE)), "mean", -0.01, 0.01),
+     lambda of: of.gain("PRDP, K = 4, 60 epochs, 5e-5", OBJECTIVE) -
+     of.gain("PRDP, K = 4, 5e-5", OBJECTIVE), "mean", -0.01, 0.01),
     ("P-large", "objective minus that of the base at 5e-5",
-     lambda of: of.gain("PRDP, K = 4, low rate", OBJECTIVE), "every seed", 0.05, INF),
+     lambda of: of.gain("PRDP, K = 4, 5e-5", OBJECTIVE), "every seed", 0.05, INF),
 ]
