@@ -67,7 +67,8 @@ ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 CAT_AND_BAT = ["A painting of a cat", "A painting of a bat"]
 DEMO = "--preset demo --prompts_per_epoch 2 --images_per_prompt 4 --num_steps 4".split()
-DEMO += "--micro_batch_size 5 --reward clip:demo/clip --learning_rate 2e-4".split()
+DEMO += "--updates_per_epoch 2 --micro_batch_size 5 --reward clip:demo/clip".split()
+DEMO += "--learning_rate 2e-4".split()
 
 
 @pytest.fixture(autouse=True)
@@ -517,8 +518,7 @@ def test_two_pass_gradient_equals_plain_autograd(demo_models, objective):
 
 
 def test_before_an_epochs_first_update_the_policy_is_the_old_one(demo_models):
-    config = prdp.parse_config([*DEMO, "--updates_per_epoch", "2"])
-    policy = demo_models.policy
+    config, policy = prdp.parse_config(DEMO), demo_models.policy
     optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate)
     for epoch in range(2):
         trajectories = prdp.collect_epoch(config, demo_models, CAT_AND_BAT, epoch, {})
@@ -791,7 +791,7 @@ def test_any_launchers_processes_join_each_with_its_device(monkeypatch, variable
     pytest.param("--prompts_per_epoch 24 --objective grpo", (2, 3, 4), marks=slow)])
 def test_any_number_of_processes_has_the_same_samples_and_curve(tmp_path, flags, worlds):
     """In float64: Adam's first step makes a whole step even of a gradient that is rounding."""
-    flags += " --num_epochs 2 --images_per_prompt 2 --num_steps 2 --updates_per_epoch 2"
+    flags += " --num_epochs 2 --images_per_prompt 2 --num_steps 2"
     flags += " --reward jpeg_incompressibility"  # the others round to float32
     runs, curves = [tmp_path / str(world) for world in (1, *worlds)], []
     for run, world in zip(runs, (1, *worlds), strict=True):
@@ -920,8 +920,8 @@ def test_a_run_killed_at_any_moment_ends_bit_equal_to_one_that_was_not(tmp_path,
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     """A limit on the size of files stands for the disk: the real writers meet a failing write."""
-    flags = "--objective ddpo --tracker_size 4 --num_steps 2 --images_per_prompt 2".split()
-    flags += "--updates_per_epoch 2 --num_epochs".split()  # ddpo has a history to restore
+    flags = "--objective ddpo --tracker_size 4".split()  # ddpo has a history to restore
+    flags += "--num_steps 2 --images_per_prompt 2 --num_epochs".split()
     train(tmp_path / "whole", *flags, "3")
     train(tmp_path / "run", *flags, "1")
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
