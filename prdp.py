@@ -20,7 +20,7 @@ is regression towards that (Eq. 14):
     loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
 
 Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
-the policy that sampled the trajectory, and a pair's loss is the larger of plain and clipped.
+the policy before the epoch's updates; a pair's loss is the larger of plain and clipped.
 Algorithm 1, and the function that does each line (§2 to §5):
 
     for each epoch                                              run_epoch
@@ -41,15 +41,15 @@ Deviations from the paper
  2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
     of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
  3. Rewards are float32, of images rounded to 8 bits, and log-probs are computed in float64.
- 4. A prompt whose rewards all tie has loss 0, not a mean over nothing. No gradient, no update.
+ 4. A prompt whose rewards all tie has loss 0, not a mean over nothing. If all do: no update.
  5. An epoch's N prompts come about equally often (Algorithm 1 picks them independently).
  6. On a GPU the UNet is in bf16 at K = 1, in TF32 at K > 1, the VAE and text encoder in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
 At K = 1, as in the paper's large-scale runs, theta = old. There, if no rewards tie, the gradient of
 a prompt's loss at the mean log-prob of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) /
-beta], d being the log ratio to pi_ref: REINFORCE with a leave-one-out baseline and a KL reward.
---objective rloo is that without the KL.
+kl_weight], d being the log ratio to pi_ref: REINFORCE with a leave-one-out baseline and a KL
+reward. --objective rloo is that without the KL.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class Config:
     prompts: str = HfArg(default="prompts/animals.txt", help="files or sets, see prompts/sets.py")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
     run_dir: str | None = HfArg(default=None, help="output folder; default runs/PRESET-REWARD")
-    seed: int = HfArg(default=0, help="random seed of prompts and noise")
+    seed: int = HfArg(default=0, help="random seed of prompts, noise and LoRA")
     # The algorithm
     objective: Literal["prdp", "ddpo", "grpo", "rloo"] = HfArg(
         default="prdp", help="prdp, or a baseline: ddpo (the paper's), grpo or rloo; see §3")
@@ -110,7 +110,7 @@ class Config:
     updates_per_epoch: int = HfArg(default=10, help="K: gradient updates in each epoch")
     prompts_per_epoch: int = HfArg(default=32, help="N: prompts in each epoch, of all processes")
     images_per_prompt: int = HfArg(default=16, help="B: images of each prompt")
-    kl_weight: float = HfArg(default=3e-5, help="beta: reward per nat of mean log-prob")
+    kl_weight: float = HfArg(default=3e-5, help="Table 4's beta: reward per nat of mean log-prob")
     clip_range: float = HfArg(default=1e-6, help="eps: clip range of a step, nats/element, or inf")
     num_steps: int = HfArg(default=50, help="T: denoising steps, best a divisor of 1000")
     guidance_scale: float = HfArg(default=5.0, help="classifier-free guidance; part of the policy")
@@ -195,7 +195,7 @@ class Policy:
     is_bf16: bool = False
 
     def autocast(self) -> torch.autocast:
-        """If is_bf16, to bf16. Inside an outer one each weight that learns is cast only once."""
+        """To bf16 if is_bf16. Where two are nested, the outer one keeps the cast weights."""
         return torch.autocast(self.negative_embeds.device.type, torch.bfloat16, self.is_bf16)
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,10 +270,10 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
     policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
-    in nats per element, may be inf; kl_weight: beta > 0. A log ratio is the mean over the T steps.
-    Returns a scalar, the mean over prompts of the mean over their pairs of unequal rewards: tied
-    pairs are left out. It is never below the plain loss; 0 where log_probs and log_probs_old are
-    the optimum's (Eq. 15); 0, with gradient 0, for a prompt whose rewards are all equal.
+    in nats per element, may be inf; kl_weight: Table 4's beta, > 0. A log ratio is the mean over
+    the T steps. Returns a scalar, the mean over prompts of the mean over their pairs of unequal
+    rewards: tied pairs are left out. It is never below the plain loss; 0 where log_probs and
+    log_probs_old are the optimum's (Eq. 15); 0, with gradient 0, for a prompt whose rewards tie.
     """
     log_ratios = log_probs - log_probs_ref  # (N, B, T), r_hat_t (Eq. 19)
     log_ratios_old = log_probs_old - log_probs_ref
@@ -385,8 +385,8 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     N, B, size = config.prompts_per_epoch, config.images_per_prompt, config.micro_batch_size
     key = f"{config.seed}/{epoch}"
     seconds: dict[str, float] = {}
-    enough = prompts * math.ceil(N / len(prompts))  # none comes twice if there are N or more
-    epoch_prompts = random.Random(key).sample(enough, N)
+    repeated = prompts * math.ceil(N / len(prompts))  # once, if there are N or more
+    epoch_prompts = random.Random(key).sample(repeated, N)
     mine = my_share(N)  # n of the indices 0..N-1
     indices = [(i, j) for i in mine for j in range(B)]  # P = n * B
 
@@ -454,8 +454,8 @@ def update_policy(config: Config, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def batches_of_updates(config: Config, trajectories: Trajectories) -> list[Trajectories]:
-    """What each of an epoch's K updates takes: all trajectories. An update of a policy gradient
-    takes those of a K-th of the N prompts, so each is used once, as in DDPO."""
+    """What each of an epoch's K updates takes: all trajectories. A policy gradient's update takes
+    those of another K-th of the N prompts each time, as in DDPO."""
     K = config.updates_per_epoch
     if config.objective not in POLICY_GRADIENTS:
         return [trajectories] * K
@@ -483,7 +483,7 @@ def backward_log_probs(policy: Policy, trajectories: Trajectories, grad: Tensor,
 
 
 def summarise(config: Config, trajectories: Trajectories, updates: dict[str, float]) -> dict:
-    """Metrics: `updates`, all else of the policy before them; times and memory are rank 0's."""
+    """Metrics. All but `updates` are of the policy before them; times and memory are rank 0's."""
     rewards, B = gather(trajectories.rewards).double(), config.images_per_prompt  # (N, B)
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item(), **updates,
                "pairless_prompts": (rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
@@ -563,11 +563,10 @@ def load_models(config: Config, device: torch.device) -> Models:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     # bf16's error in a log-prob is larger than what one update changes. At K = 1 that does no harm:
-    # no update lies between two log-probs that are compared. TF32 rounds 8 times finer.
+    # no update lies between log-probs that are compared. TF32, 8 times finer, is off in rewards.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = config.precision or ("bf16" if bf16 and config.updates_per_epoch == 1 else "tf32")
-    tf32 = precision != "float32"  # of the VAE and text encoder too; rewards switch it off
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
     pipeline.scheduler.set_timesteps(config.num_steps, device)
     pipeline.scheduler.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(device)
     H, W = torch.tensor(unet.config.sample_size).expand(2).tolist()  # of one number or two
@@ -673,21 +672,21 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- §7 Runs on disk
-# Flags that may differ from those a run was begun with.
+# Flags that may change when a run goes on.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
-              "evaluate", "samples_per_prompt"}
+              "samples_per_prompt"}
 
 
 class Run:
     """A run's folder. Only checkpoint.pt must survive a crash: it is written to another file,
-    flushed and renamed, so that the one before stays whole. All else is written from it."""
+    flushed and renamed, so that the one before stays whole. All else can be made from it."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder).expanduser()  # a shell leaves ~ as it is in --run_dir=~/x
         self.checkpoint = self.folder / "checkpoint.pt"
 
     def lock(self) -> None:
-        """Keep other processes off the folder until this one ends; its children do not inherit."""
+        """Keep other processes off the folder until this one ends. Its children have no lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = (self.folder / "lock").open("w")
         try:
@@ -707,8 +706,8 @@ class Run:
         aside.replace(self.checkpoint)
 
     def load(self, unet: UNet2DConditionModel, made_with: dict) -> dict:
-        """The checkpoint, whose weights go to unet, or a new run's state. It raises UserError
-        for damage, for what does not fit or is not made_with, or if it differs by process."""
+        """The checkpoint, whose weights go to unet, or a new run's state. Raises UserError if it
+        is damaged, does not fit, was not made_with this, or differs between processes."""
         state = {"config": made_with, "metrics": [], "history": {}}
         device = next(unet.parameters()).device
         try:
@@ -722,8 +721,8 @@ class Run:
         except Exception as error:  # what a damaged file, or one with code in it, can raise
             raise UserError(f"{self.checkpoint} is not a whole checkpoint of this --model and "
                             f"--lora_rank ({explain(error)}); give another folder") from None
-        for name in [n for n in made_with if n in state["config"].keys() - MAY_CHANGE]:
-            then, now = state["config"][name], made_with[name]  # a score may be of another device
+        for name in sorted((made_with.keys() & state["config"].keys()) - MAY_CHANGE):
+            then, now = state["config"][name], made_with[name]  # a score can differ by device
             if then != now and not ("score" in name and math.isclose(then, now, rel_tol=1e-3)):
                 raise UserError(f"--run_dir {self.folder} was made with --{name} {then} and not "
                                 f"{now}; give the same, or another --run_dir")
@@ -757,7 +756,8 @@ def train(config: Config, device: torch.device) -> None:
     parts = world_size() * (config.updates_per_epoch if config.objective in POLICY_GRADIENTS else 1)
     if config.prompts_per_epoch % parts:
         raise UserError(f"--prompts_per_epoch {config.prompts_per_epoch}: must be a multiple of "
-                        f"{parts}, the {world_size()} processes times a baseline's updates")
+                        f"{parts}, the {world_size()} processes" +
+                        " times --updates_per_epoch" * (config.objective in POLICY_GRADIENTS))
     run = Run(config.run_dir)
     if rank() == 0:
         run.lock()
@@ -769,7 +769,7 @@ def train(config: Config, device: torch.device) -> None:
     trained = {name: w for name, w in policy.unet.named_parameters() if w.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
-    made_with = asdict(config) | contents(config, models, prompts)
+    made_with = asdict(config) | fingerprints(models, prompts)
     state = run.load(policy.unet, made_with)
     metrics, history = state["metrics"], state["history"]  # history: DDPO's past rewards
     save = lambda: run.save(config=made_with, metrics=metrics, history=history, weights=trained,
@@ -799,15 +799,16 @@ def train(config: Config, device: torch.device) -> None:
             f"    python prdp.py --evaluate {str(run.folder)!r}")
 
 
-def contents(config: Config, models: Models, prompts: list[str]) -> dict[str, str | float]:
-    """What a run stands on besides its flags, by what to call it: a hash of the prompts, one of the
-    base model's weights, and the score of noise by each reward that repeats it."""
+def fingerprints(models: Models, prompts: list[str]) -> dict[str, str | float]:
+    """What a run depends on besides its flags, name -> fingerprint: a hash of the prompts, one of
+    the base model's weights, and the score of noise by each reward that repeats it."""
     texts, base = hashlib.sha256("\n".join(prompts).encode()), hashlib.sha256()
     for network in (models.reference.unet, models.pipeline.vae, models.pipeline.text_encoder):
         for weight in network.state_dict().values():
             base.update(weight.cpu().contiguous().numpy())
     found = {"prompts (hash)": texts.hexdigest()[:8], "model (hash)": base.hexdigest()[:8]}
-    noise = make_noise("", 0, (3, 64, 64)).to(models.pipeline.vae.device).clamp(0, 1)
+    size = [8 * side for side in models.latent_shape[1:]]  # of the images, as a reward may crop
+    noise = make_noise("", 0, (3, *size)).to(models.pipeline.vae.device).clamp(0, 1)
     scores, again = (models.reward.terms(noise, prompts[:1]) for _ in range(2))
     for name, score in scores.items():
         if score.allclose(again[name], equal_nan=True):
@@ -832,15 +833,13 @@ def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompt
 def save_grid(config: Config, models: Models, policies: list[Policy], prompts: list[str],
               run: Run, name: str) -> None:
     """A picture: a column for each of up to eight prompts, spread over the list; three rows for
-    each policy. Not more images than an epoch has on this process, as sampling may be slow."""
-    most = max(1, config.prompts_per_epoch * config.images_per_prompt // world_size())
-    columns = min(8, len(prompts), most)
+    each policy."""
+    columns = min(8, len(prompts))
     indices = [column * len(prompts) // columns for column in range(columns)]
     say(f"drawing {run.folder / name}: {' | '.join(prompts[index][:60] for index in indices)}")
     rows = []
     for policy in policies:
-        _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices,
-                                              min(3, most // columns))
+        _, latents, _ = sample_for_evaluation(config, models, policy, prompts, indices, 3)
         images = torch.nn.functional.interpolate(models.decode(latents[:, -1]), 160, mode="bicubic",
                                                  antialias=True).unflatten(0, (columns, -1))
         rows.append(images.transpose(0, 1).flatten(0, 1))  # a row has an image of each prompt
@@ -899,8 +898,8 @@ def evaluate(config: Config, device: torch.device) -> None:
         for name, result in results.items():
             cells = [f"{column} {value['mean']:.4f} ± {value['standard_error']:.4f}"
                      for column, value in result.items() if math.isfinite(value["mean"])]
-            say(f"{name:<32}{'   '.join(cells) or 'scores not all of these prompts'}".replace(
-                " ± nan", ""))  # of one prompt
+            said = "   ".join(cells) or "does not score all of these prompts"
+            say(f"{name:<32}{said.replace(' ± nan', '')}")  # of one prompt
 
 
 # ------------------------------------------------------------------------------- §10 Flags and main
@@ -929,8 +928,8 @@ OBJECTIVES = {
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags beat an objective's defaults, and those the preset's. With --evaluate they beat the
-    run's flags. Raises UserError naming the flag."""
+    """What is given wins. Else, with --evaluate, the run's flags, then the objective's defaults,
+    then the preset's. Raises UserError naming the flag."""
 
     def fail(message: str) -> NoReturn:
         raise UserError(f"{message}; --help explains the flags")
@@ -953,15 +952,16 @@ def parse_config(arguments: list[str] | None = None) -> Config:
             fail(f"--evaluate {given.evaluate}: no run with a checkpoint ({explain(error)})")
         defaults["run_dir"] = given.evaluate
     parser.set_defaults(**defaults)
-    parser.add_argument("-h", "--help", action="help")  # which so shows these defaults
+    parser.add_argument("-h", "--help", action="help")  # last, so it shows these defaults
     config = Config(**vars(parser.parse_args(arguments)))
-    fewest = 1 if config.objective == "ddpo" else 2  # the others compare images of a prompt
-    if config.num_steps < 2 or config.images_per_prompt < fewest or config.kl_weight == 0:
-        fail(f"--num_steps must be at least 2, --images_per_prompt {fewest}, --kl_weight above 0")
+    lowest = dict(seed=0, tracker_size=0, lora_rank=0, num_steps=2, kl_weight=1e-12,
+                  images_per_prompt=1 if config.objective == "ddpo" else 2)  # others compare them
     for name, value in asdict(config).items():
-        least = int(type(value) is int and name not in ("seed", "tracker_size", "lora_rank"))
-        if value == "" or type(value) in (int, float) and not value >= least:
-            fail(f"--{name} {value}: must not be empty, and a number at least {least}")
+        if value == "":
+            fail(f"--{name}: must not be empty")
+        least = lowest.get(name, int(type(value) is int))
+        if type(value) in (int, float) and not value >= least:
+            fail(f"--{name} {value}: must be at least {least}")
     names = [name for name, (_, _, weight) in parse_reward(config.reward).items() if weight]
     name = "base" if config.evaluate else "+".join(names)
     config.run_dir = config.run_dir or f"runs/{config.preset}-{name}"
@@ -987,7 +987,7 @@ def main() -> None:
             error = f"{device} is full: lower --micro_batch_size, add --gradient_checkpointing"
         elif not isinstance(error, (UserError, OSError)):
             sys.excepthook(*sys.exc_info())
-            error = error if isinstance(error, RewardError) else explain(error)  # of the disk, say
+            error = error if isinstance(error, RewardError) else explain(error)  # as a full disk
         message = f"prdp.py: error{f' on rank {rank()}' * (world_size() > 1)}: {error}"
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun says at its end
             Path(file).write_text(json.dumps({"message": message}))

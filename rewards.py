@@ -16,7 +16,8 @@ A spec is one scorer or a weighted sum of several:
 
 A weight follows the last `=` of an item. At weight 0 a score is logged, even NaN, but not summed.
 Scores of one dict, as in mine.py:f.sharp=2,mine.py:f.red=0, share one call of f. Where two scores
-have the same name, each is logged by its whole item. A further model is a factory in FACTORIES.
+have the same name, each is logged by its item without the weight. A further model is a factory in
+FACTORIES.
 
 Weights come from the Hugging Face hub: xswu/HPSv2 (Apache-2.0; 6.2 GB with Stable Diffusion v1.4),
 yuvalkirstain/PickScore_v1 (MIT), and for aesthetic openai/clip-vit-large-patch14 (MIT) and
@@ -71,8 +72,8 @@ class Reward:
 
         images: (P, 3, H, W) float in [0, 1]; prompts: P strings. Returns name -> (P,) float32, in
         the scorer's own unit, NaN for an image that is not finite. Raises RewardError if a scorer
-        fails, UserError if it returns other than P numbers; both name it. No function of a user
-        can change what another scorer sees.
+        fails, UserError if it returns other than P numbers; both name it. A user's function gets
+        copies of images and prompts, and `contained` restores what it sets.
         """
         is_finite = images.isfinite().flatten(1).all(1)  # (P,); in 8 bits NaN would be black
         images = images.mul(255).round().clamp(0, 255).to(torch.uint8)

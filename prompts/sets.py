@@ -105,7 +105,7 @@ def read_prompts(source: str) -> tuple[list[str], str]:
         if any("\0" in line for line in lines):
             raise ValueError("it has NUL bytes")
     except Exception as error:  # whatever the hub, the network, the disk or a damaged file raise
-        hint = f"; it is not one of the sets {', '.join(NAMES)}" * (not Path(source).exists())
+        hint = f"; it is not one of the sets {', '.join(NAMES)}" * (not os.path.exists(source))
         if source in NAMES:
             hint = f"; elsewhere `python -m prompts.sets {source} FILE` makes a file of them"
         raise UserError(f"--prompts {source} cannot be read ({explain(error)}){hint}") from error
