@@ -15,7 +15,6 @@ processes, 2 machines of 2, and 60 killed runs.
 
 import collections
 import contextlib
-import copy
 import importlib
 import itertools
 import json
@@ -28,7 +27,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -51,6 +49,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributions import Normal
 from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -63,6 +62,7 @@ from rewards import Reward, load_reward
 with warnings.catch_warnings():  # the mark is registered nowhere: it would take a file of its own
     warnings.simplefilter("ignore")
     slow = pytest.mark.slow
+multiprocessing.set_forkserver_preload(["test_prdp"])  # as `Launch` forks processes of a run
 ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 CAT_AND_BAT = ["A painting of a cat", "A painting of a bat"]
@@ -73,6 +73,7 @@ DEMO += "--learning_rate 2e-4".split()
 
 @pytest.fixture(autouse=True)
 def in_the_repository(request, monkeypatch):
+    multiprocessing.forkserver.ensure_running()  # it imports what it forks beside the first tests
     monkeypatch.chdir(ROOT)
     if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
         pytest.skip("pytest -m slow")
@@ -216,19 +217,13 @@ def test_presets_are_table_4_and_an_objective_has_its_own_defaults():
 
 # ------------------------------------------------------------------------ §2 Denoising as a policy
 
-def ddim(num_steps: int, **options) -> DDIMScheduler:
-    """Of Stable Diffusion."""
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1, **options)
-    scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("num_steps", [50, 30])
 def test_every_step_equals_diffusers_ddim_with_eta_1(prediction_type, num_steps):
     torch.manual_seed(0)
-    scheduler = ddim(num_steps, prediction_type=prediction_type)
+    scheduler = DDIMScheduler.from_pretrained("demo/model", subfolder="scheduler",  # as SD v1.4's
+                                              prediction_type=prediction_type)
+    scheduler.set_timesteps(num_steps)
     latents, prediction, noise = torch.randn(3, num_steps, 4, 8, 8, dtype=torch.float64)
     mean, std = prdp.ddim_mean_std(scheduler, prediction, latents, scheduler.timesteps)
     for i, t in enumerate(scheduler.timesteps):
@@ -242,24 +237,9 @@ def test_log_prob_equals_torch_distributions():
     torch.manual_seed(0)
     x, mean = torch.randn(2, 5, 4, 8, 8)
     std = torch.rand(5, 1, 1, 1) + 0.02
-    normal = torch.distributions.Normal(mean.double(), std.double())
-    log_prob = prdp.gaussian_log_prob(x, mean, std)
-    assert log_prob.dtype == torch.float64
-    torch.testing.assert_close(log_prob, normal.log_prob(x.double()).mean((1, 2, 3)), rtol=1e-12,
-                               atol=1e-12)
-
-
-def test_guidance_is_linear_between_the_two_predictions(demo_models):
-    unet, negative = demo_models.reference.unet, demo_models.reference.negative_embeds
-    latents, t = torch.randn(3, *demo_models.latent_shape), torch.tensor([1, 500, 999])
-    embeds = demo_models.encode_prompts([*CAT_AND_BAT, "a"])
-    with torch.no_grad():
-        unconditional = unet(latents, t, negative.expand(3, -1, -1)).sample
-        conditional = unet(latents, t, embeds).sample
-        for scale in (0, 1, 5):
-            guided = prdp.predict_noise(unet, latents, t, embeds, negative, scale)
-            expected = unconditional + max(scale, 1) * (conditional - unconditional)
-            torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    expected = Normal(mean.double(), std.double()).log_prob(x.double()).mean((1, 2, 3))
+    log_prob = prdp.gaussian_log_prob(x, mean, std)  # float64 too
+    torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_noise_is_standard_normal_and_a_function_of_its_key():
@@ -276,10 +256,7 @@ def test_a_pass_in_bf16_casts_a_weight_once_and_forgets_it_at_its_end(demo_model
     latents = torch.randn(1, 5, *demo_models.latent_shape)  # of DEMO's 4 steps
     score = lambda: prdp.trajectory_log_probs(policy, embeds, latents, 1)
     expected, weight = score(), policy.unet.conv_out.weight
-
-    def forget(*_):  # the weight itself, after step 0
-        weight.data.zero_()
-
+    forget = lambda *_: setattr(weight, "data", torch.zeros_like(weight))  # after step 0
     hook = policy.unet.register_forward_hook(forget)
     assert torch.equal(score(), expected)
     hook.remove()
@@ -448,13 +425,9 @@ def test_an_update_of_a_policy_gradient_takes_its_part_of_the_prompts(images, up
     expected = prdp.ppo_loss(torch.cat(moved), whole.log_probs_old, whole.advantages,
                              config.clip_range)
     torch.testing.assert_close(torch.stack(losses).mean(), expected)
-    losses = set()
     for regression in ("prdp", "a fork's"):  # takes all pairs in every update
-        config = replace(config, objective=regression)
-        batches = prdp.batches_of_updates(config, whole)
+        batches = prdp.batches_of_updates(replace(config, objective=regression), whole)
         assert len(batches) == updates and all(batch is whole for batch in batches)
-        losses.add(prdp.objective_loss(config, whole.log_probs_old, whole).item())
-    assert len(losses) == 1
 
 
 @pytest.mark.parametrize("objective", ["prdp", "grpo"])
@@ -540,22 +513,14 @@ def test_equal_rewards_leave_the_weights_as_they_are():
     assert metrics["loss"] == 0 and torch.equal(toy.bias, before)
 
 
-def test_numbers_that_are_not_finite_end_the_run_and_change_no_weight(demo_models):
-    config, policy = prdp.parse_config(DEMO), demo_models.policy
-    before = copy.deepcopy(policy.unet.state_dict())
-    optimizer = torch.optim.AdamW(policy.unet.parameters())
-    trajectories = prdp.collect_epoch(config, demo_models, CAT_AND_BAT, 4, {})
-    ref, latents = trajectories.log_probs_ref.clone(), trajectories.latents.clone()
-    ref[1, 2, 3], latents[0, 2] = math.nan, math.inf
-    for change in ({"log_probs_ref": ref}, {"latents": latents}):
-        with pytest.raises(ValueError, match="update 1: the gradient's norm is nan; nothing of"):
-            prdp.update_policy(config, policy, optimizer, replace(trajectories, **change))
-        optimizer.zero_grad()
-    assert all(torch.equal(w, before[name]) for name, w in policy.unet.state_dict().items())
-    for part in (demo_models.pipeline.vae.decoder.conv_out, policy.unet.conv_out):
-        part.bias.data[0] = math.nan
-        with pytest.raises(ValueError, match="epoch 5: --reward clip:demo/clip is .*nan.* for 'A "):
-            prdp.collect_epoch(config, demo_models, CAT_AND_BAT, 4, {})
+@pytest.mark.parametrize("name", ["log_probs_ref", "latents"])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_no_weight(name):
+    toy = GaussianToy()
+    trajectories = prdp.collect_epoch(toy.config(), toy, ["0"], 0, {})
+    vars(trajectories)[name][0, 1] = math.nan
+    with pytest.raises(ValueError, match="update 1: the gradient's norm is nan; nothing of"):
+        prdp.update_policy(toy.config(), toy.policy, torch.optim.Adam([toy.bias]), trajectories)
+    assert not toy.bias.any()  # as it was
 
 
 def test_metrics_are_what_the_documents_say():
@@ -596,16 +561,6 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-class Trap:
-    """A pickle of it, when loaded without care, makes a file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
 def test_a_model_like_stable_diffusion_2_scores_as_it_samples(tmp_path):
     """v prediction, a wide text encoder with gelu, linear projections, heads of equal width; and a
     schedule without an offset, as which its last step would have no deviation."""
@@ -633,25 +588,21 @@ def test_a_model_like_stable_diffusion_2_scores_as_it_samples(tmp_path):
 @pytest.mark.parametrize("part, change, message", [
     ("unet", "a weight less", "conv_in.weight"), ("vae", "other shapes", "decoder.conv_in.bias"),
     ("unet", "a pickle", "Unable to load weights"), ("text_encoder", "a pickle", "code in it"),
-    ("scheduler", dict(prediction_type="sample"), "predicts 'sample'"),
-    ("unet", dict(sample_size=None), "must have a sample_size"),
-    ("unet", dict(in_channels=9), "take only latents"),
-    ("unet", dict(class_embed_type="timestep"), "take only latents"),
-    ("tokenizer", "no files", ""), ("tokenizer", "another word", "more tokens than its text"),
-    ("scheduler", "a script", None)])
-def test_a_model_with_a_wrong_part_or_code_in_it_is_refused(tmp_path, part, change,
-                                                                    message):
+    ("model_index.json", dict(_class_name="StableDiffusionXLPipeline"), "it is a StableDiffusionX"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "predicts 'sample'"),
+    ("unet/config.json", dict(sample_size=None), "must have a sample_size"),
+    ("unet/config.json", dict(in_channels=9), "take only latents"),
+    ("unet/config.json", dict(class_embed_type="timestep"), "take only latents"),
+    ("tokenizer", "no files", ""), ("tokenizer", "another word", "more tokens than its text")])
+def test_a_model_with_a_wrong_part_or_code_in_it_is_refused(tmp_path, part, change, message):
     model = shutil.copytree("demo/model", tmp_path / "model")
-    folder, sprung = model / part, tmp_path / "sprung"
+    folder = model / part
     file = next(folder.glob("*.safetensors"), None)
     if isinstance(change, dict):
-        edit_json(folder / ("config.json" if file else "scheduler_config.json"), **change)
-    elif change == "a script":
-        edit_json(model / "model_index.json", scheduler=["mine", "Mine"])
-        (folder / "mine.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Mine: pass\n")
+        edit_json(folder, **change)
     elif change == "a pickle":
         name = "pytorch_model" if part == "text_encoder" else file.stem
-        torch.save({"trap": Trap(sprung)}, folder / f"{name}.bin")
+        torch.save({"code": Path()}, folder / f"{name}.bin")  # to load a Path is to call it
         file.unlink()
     elif change == "no files":
         shutil.rmtree(folder)
@@ -664,13 +615,8 @@ def test_a_model_with_a_wrong_part_or_code_in_it_is_refused(tmp_path, part, chan
         weight = content.pop(message)
         others = {message: weight[1:].clone()} if change == "other shapes" else {}
         safetensors.torch.save_file(content | others, file)
-    if message is None:  # it is not asked for
+    with pytest.raises(ValueError, match=f"^--model .* cannot be used .*{message}.*$"):
         load_pipeline(model)
-    else:
-        with pytest.raises(ValueError, match=f"--model .* cannot be used .*{message}") as error:
-            load_pipeline(model)
-        assert "\n" not in str(error.value)
-    assert not sprung.exists()
 
 
 def test_half_precision_is_taken_only_where_there_is_no_float32(tmp_path, capsys):
@@ -709,51 +655,25 @@ def a_rank(rank: int, environment: dict, flags: list[str], log: Path, before: Ca
 
 
 def in_float64(rank: int) -> None:
-    """So that what is left of a difference is no rounding; every epoch's latents are saved."""
-    load_models, make_noise, collect_epoch = prdp.load_models, prdp.make_noise, prdp.collect_epoch
-
-    def load_double(config, device):
-        models = load_models(config, device)
-        models.policy.unet.double()
-        models.pipeline.to(torch.float64)  # with the reference's UNet
-        negative_embeds = models.encode_prompts([""])
-        models.policy.negative_embeds = models.reference.negative_embeds = negative_embeds
-        return models
-
-    def collect_and_save(config, models, prompts, epoch, history):
-        trajectories = collect_epoch(config, models, prompts, epoch, history)
-        torch.save(trajectories.latents, f"{config.run_dir}/{epoch}.{rank}.pt")
-        return trajectories
-
-    prdp.load_models, prdp.collect_epoch = load_double, collect_and_save
+    """So that what is left of a difference is no rounding."""
+    make_noise = prdp.make_noise
     prdp.make_noise = lambda *key: make_noise(*key).double()
+    torch.nn.Module.float = torch.nn.Module.double  # what rewards.load_network ends with
     prdp.save_grid = lambda *_: None  # to save time
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_prdp"])
-
-
 class Launch:
-    """Processes of one run, with torchrun's rule: if one fails, the others get SIGTERM."""
+    """Processes of one run; if one fails, the others get SIGTERM, as torchrun does it."""
 
     def __init__(self, run: Path, world: int, *flags: str, before: Callable = print):
         environment = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()))
         self.run, self.log = run, run.with_suffix(".log")
         self.log.write_text("")
-        flags = demo_flags(run, *flags)
-        self.processes = [FORKS.Process(target=a_rank,
-                                        args=(rank, environment, flags, self.log, before))
-                          for rank in range(world)]
-        for process in self.processes:
-            process.start()
+        arguments = environment, demo_flags(run, *flags), self.log, before
+        self.ranks = torch.multiprocessing.start_processes(
+            a_rank, arguments, world, join=False, daemon=True, start_method="forkserver")
+        self.processes = self.ranks.processes
 
     def wait_for(self, name: str) -> None:
         while not (self.run / name).exists() and self.processes[0].is_alive():
@@ -762,12 +682,9 @@ class Launch:
     def end(self, within=300) -> list[int]:
         """The exit codes; fails unless every process ended in time."""
         deadline = time.monotonic() + within
-        while alive := [process for process in self.processes if process.is_alive()]:
-            is_late = time.monotonic() > deadline
-            for process in alive if any(p.exitcode for p in self.processes) or is_late else ():
-                process.kill() if is_late else process.terminate()
-            assert not is_late, self.log.read_text()
-            time.sleep(0.02)
+        with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
+            while not self.ranks.join(timeout=1):
+                assert time.monotonic() < deadline, self.log.read_text()
         return [process.exitcode for process in self.processes]
 
 
@@ -777,8 +694,7 @@ class Launch:
     ("RANK=5 WORLD_SIZE=8 MASTER_ADDR=a", 4, "cuda:1", "nccl"),  # not torchrun; two machines
     ("RANK=5 WORLD_SIZE=8 MASTER_ADDR=a LOCAL_WORLD_SIZE=8 LOCAL_RANK=5", 4, "cpu", "gloo"),
     ("RANK=5 WORLD_SIZE=6 MASTER_ADDR=a LOCAL_WORLD_SIZE=3 LOCAL_RANK=2", 4, "cuda:2", "nccl")])
-def test_any_launchers_processes_join_each_with_its_device(monkeypatch, variables, gpus, device,
-                                                           backend):
+def test_processes_of_any_launcher_join(monkeypatch, variables, gpus, device, backend):
     variables = dict(variable.split("=") for variable in variables.split())
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -793,24 +709,17 @@ def test_any_launchers_processes_join_each_with_its_device(monkeypatch, variable
     ("--prompts_per_epoch 12 --objective ddpo --tracker_size 8", (2,)),
     pytest.param("--prompts_per_epoch 24", (2, 3, 4), marks=slow),
     pytest.param("--prompts_per_epoch 24 --objective grpo", (2, 3, 4), marks=slow)])
-def test_any_number_of_processes_has_the_same_samples_and_curve(tmp_path, flags, worlds):
+def test_any_number_of_processes_has_the_same_curve(tmp_path, flags, worlds):
     """In float64: Adam's first step makes a whole step even of a gradient that is rounding."""
     flags += " --num_epochs 2 --images_per_prompt 2 --num_steps 2"
     flags += " --reward jpeg_incompressibility"  # the others round to float32
-    runs, curves = [tmp_path / str(world) for world in (1, *worlds)], []
-    for run, world in zip(runs, (1, *worlds), strict=True):
-        launch = Launch(run, world, *flags.split(), before=in_float64)
+    curves = {}
+    for world in (1, *worlds):
+        launch = Launch(tmp_path / str(world), world, *flags.split(), before=in_float64)
         assert set(launch.end()) == {0}, launch.log.read_text()
-        curves.append(read_metrics(run))
-        for line, of_one in zip(curves[-1], curves[0], strict=True):
+        curves[world] = read_metrics(launch.run)
+        for line, of_one in zip(curves[world], curves[1], strict=True):
             assert line == pytest.approx(of_one, rel=1e-6, abs=1e-8), world
-        for epoch in range(2):
-            one = torch.load(runs[0] / f"{epoch}.0.pt")
-            parts = [torch.load(run / f"{epoch}.{rank}.pt").unflatten(0, (-1, 2))
-                     for rank in range(world)]
-            several = torch.stack(parts, 1).flatten(0, 2)  # rank r has the prompts r, r + world...
-            assert torch.equal(one[:, 0], several[:, 0])
-            torch.testing.assert_close(one, several, rtol=1e-7, atol=1e-7)
 
 
 @slow
@@ -819,7 +728,7 @@ def test_two_machines_of_two_processes_are_one_of_four_bit_for_bit(tmp_path):
     flags = "--num_epochs 2 --prompts_per_epoch 12 --num_steps 2".split()
     assert set(Launch(tmp_path / "4", 4, *flags).end()) == {0}
     launch = "-m torch.distributed.run --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d".split()
-    launch += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", "prdp.py"]
+    launch += ["--rdzv_endpoint", f"127.0.0.1:{get_free_port()}", "prdp.py"]
     launch += demo_flags(tmp_path / "2x2", *flags)
     agents = [subprocess.Popen([sys.executable, *launch]) for _ in range(2)]
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
@@ -833,12 +742,12 @@ on_rank_1 = os.environ["RANK"] == "1"
 def nan(images, prompts): return [float("nan") if on_rank_1 else 1.0] * len(prompts)
 def fails(images, prompts): return [1 / (not on_rank_1)] * len(prompts)
 """)
-    for fault, told in (("nan", "rank 0: epoch 1: --reward"),  # which all processes meet
-                        ("fails", "rank 1: reward 'fails' failed: ZeroDivision")):
+    for fault, told in (("nan", "0: epoch 1: --reward .* is .*nan.* for 'A pa"),  # which all meet
+                        ("fails", "1: reward 'fails' failed: ZeroDivision")):
         launch = Launch(tmp_path / fault, 2, "--reward", f"{tmp_path}/faults.py:{fault}")
         assert 0 not in launch.end(within=60)
         log = launch.log.read_text()
-        assert f"prdp.py: error on {told}" in log, log
+        assert re.search(f"prdp.py: error on rank {told}", log), log
         if fault == "nan":
             assert log.count("prdp.py: error") == 1 and "Traceback" not in log, log
 
@@ -854,13 +763,16 @@ def test_machines_that_do_not_share_the_folder_of_a_run_are_refused(tmp_path):
     assert "checkpoint.pt is not the same in all processes" in launch.log.read_text()
 
 
-def test_ctrl_c_ends_all_processes_at_once_without_a_word(tmp_path):
-    launch = Launch(tmp_path / "run", 2, "--num_epochs", "1000")
+def test_a_live_run_locks_its_folder_and_ctrl_c_ends_it_without_a_word(tmp_path):
+    launch, run = Launch(tmp_path / "run", 2, "--num_epochs", "1000"), prdp.Run(tmp_path / "run")
     launch.wait_for("metrics.jsonl")
+    with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
+        run.lock()
     for process in launch.processes:
         os.kill(process.pid, signal.SIGINT)
     assert launch.end(within=5) == [-signal.SIGINT] * 2
     assert "Traceback" not in (log := launch.log.read_text()) and "error" not in log
+    run.lock()
 
 
 # --------------------------------------------------------------------------------- §7 Runs on disk
@@ -945,57 +857,28 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         shutil.rmtree(tmp_path / "run/unet")  # as a kill right after the last checkpoint
 
 
-def hold(run: prdp.Run, pipe: multiprocessing.connection.Connection) -> None:
-    """A process at work on a run, with a child as a data loader or a reward might fork it."""
-    run.lock()
-    if child := os.fork():
-        pipe.send(child)
-    signal.pause()
-
-
-def test_a_folder_is_locked_while_its_process_lives_not_its_children(tmp_path):
-    run, (ours, theirs) = prdp.Run(str(tmp_path / "run")), FORKS.Pipe()
-    first = FORKS.Process(target=hold, args=(run, theirs), daemon=True)
-    first.start()
-    theirs.close()  # so that the next line fails if the process does
-    child = ours.recv()
-    try:
-        with pytest.raises(ValueError, match="--run_dir .*run: another process is at work on it"):
-            run.lock()
-        first.kill()
-        first.join()
-        run.lock()
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-def test_a_run_made_with_other_flags_is_refused_and_kept(finished):
-    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match="--learning_rate 0.001 and not 1.0"):
-        train(finished, *ONE_EPOCH, "--learning_rate", "1")
-    assert before == {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-
-
-def test_changed_prompts_models_or_rewards_are_refused_by_name(tmp_path, monkeypatch,
-                                                                       capsys, demo_models):
-    """Under the same flags; a reward that is never the same twice is only told of."""
-    file, clip = tmp_path / "mine.py", shutil.copytree("demo/clip", tmp_path / "clip")
-    spec = f"{file}:red,{file}:chance=0,clip:{clip}=0"
+def test_what_has_changed_is_refused_by_name(tmp_path, monkeypatch, capsys, demo_models):
+    """Flags, prompts, models, rewards; a reward that is never the same twice is only told of."""
+    file = tmp_path / "mine.py"
+    spec = f"{file}:red=0,{file}:chance=0,clip:demo/clip"
     config = prdp.parse_config(demo_flags(tmp_path / "run", "--num_epochs", "1", "--reward", spec))
 
-    def begin_or_go_on(factor=1):
+    def begin_or_go_on(factor=1, **flags):
         file.write_text("import torch\ndef chance(images, _): return torch.rand(len(images))\n"
                         f"def red(images, _): return {factor} * images[:, 0].mean((1, 2))\n")
         demo_models.reward = load_reward(spec, CPU)
-        prdp.train(config, CPU)
+        prdp.train(replace(config, **flags), CPU)
 
-    def is_refused(name, *factor):
+    def is_refused(name, *factor, **flags):
         with pytest.raises(prdp.UserError, match=re.escape(f"was made with --{name} ")):
-            begin_or_go_on(*factor)
+            begin_or_go_on(*factor, **flags)
+        assert json.loads((tmp_path / "run/config.json").read_text()) == kept
 
     monkeypatch.setattr(prdp, "load_models", lambda config, device: demo_models)
     begin_or_go_on()
+    kept = json.loads((tmp_path / "run/config.json").read_text())
     begin_or_go_on(1.0001)  # as another machine may round it
+    is_refused("learning_rate 0.0002 and not 1.0; give", learning_rate=1.0)
     assert "--reward chance scores one image differently each" in capsys.readouterr().out
     is_refused("reward red (score of noise)", 1.01)
     pipeline = demo_models.pipeline
@@ -1004,11 +887,6 @@ def test_changed_prompts_models_or_rewards_are_refused_by_name(tmp_path, monkeyp
         weight.data = weight.data.flip(0)
         is_refused("model (hash)")
         weight.data = weight.data.flip(0)
-    content = safetensors.torch.load_file(clip / "model.safetensors")
-    flipped = content | {"visual_projection.weight": -content["visual_projection.weight"]}
-    safetensors.torch.save_file(flipped, clip / "model.safetensors", {"format": "pt"})
-    is_refused("reward clip (score of noise)")
-    safetensors.torch.save_file(content, clip / "model.safetensors", {"format": "pt"})
     begin_or_go_on()
     (tmp_path / "two.txt").write_text("\n".join(reversed(CAT_AND_BAT)))
     is_refused("prompts (hash)")
@@ -1031,13 +909,12 @@ def test_a_checkpoint_with_damage_or_code_in_it_is_refused_by_name(tmp_path):
         except prdp.UserError as error:
             assert re.search("checkpoint.pt is not a whole checkpoint[^\n]*$", str(error))
     assert 0 < num_unharmed < 300
-    run.save(config=vars(Config()), trap=Trap(tmp_path / "sprung"))
+    run.save(config=vars(Config()), code=Path())
     with pytest.raises(prdp.UserError, match="whole checkpoint [^\n]*code in it[^\n]*$"):
         run.load(network, vars(Config()))
-    assert not (tmp_path / "sprung").exists()
 
 
-def test_what_a_finished_run_leaves_is_whole_proper_json_and_readable(finished):
+def test_a_finished_run_leaves_its_weights_flags_and_proper_json(finished):
     names = {file.name for file in finished.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "samples", "checkpoint.pt", "lock", "unet"}
     for epoch in (0, 1):  # each picture has two prompts and three images of each
@@ -1045,25 +922,18 @@ def test_what_a_finished_run_leaves_is_whole_proper_json_and_readable(finished):
     content = (finished / "config.json").read_text()
     assert json.loads(content, parse_constant=pytest.fail)["clip_range"] == "Infinity"
     assert prdp.parse_config(["--evaluate", str(finished)]).clip_range == math.inf
-
-
-# ------------------------------------------------------------------------------------- §8 Training
-
-def test_a_finished_run_has_the_checkpoints_weights_and_its_flags(finished):
     state = torch.load(finished / "checkpoint.pt")
     assert all(torch.equal(w, state["weights"][name]) for name, w in weights(finished).items())
     (group,) = state["optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.5)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, finished):
-    train(tmp_path / "run", *ONE_EPOCH, "--gradient_checkpointing")
-    expected = weights(finished)
-    assert all(torch.equal(value, expected[k]) for k, value in weights(tmp_path / "run").items())
+# ------------------------------------------------------------------------------------- §8 Training
 
-
-def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(finished):
-    config = prdp.parse_config(["--evaluate", str(finished), "--num_steps", "6"])
+@pytest.mark.parametrize("scale", [0, 1, 3])  # 0 and 1 mean no guidance
+def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(finished, scale):
+    flags = ["--num_steps", "6", "--guidance_scale", str(scale)]
+    config = prdp.parse_config(["--evaluate", str(finished), *flags])
     models = prdp.load_models(config, CPU)
     models.policy.unet.load_state_dict(weights(finished))
     (C, H, W), generator = models.latent_shape, torch.Generator().manual_seed(0)
@@ -1079,7 +949,7 @@ def test_diffusers_own_pipeline_draws_the_same_images_with_a_runs_unet(finished)
                                                    set_alpha_to_one=False)
     generator.manual_seed(0)  # which draws x_T, and then every step's noise
     theirs = pipeline(CAT_AND_BAT[0], num_inference_steps=6, eta=1.0, generator=generator,
-                      guidance_scale=config.guidance_scale, output_type="pt").images
+                      guidance_scale=scale, output_type="pt").images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -1087,7 +957,7 @@ def test_lora_learns_in_adapters_alone_and_keeps_its_reference(tmp_path):
     flags = "--lora_rank 2 --learning_rate 1e-2 --images_per_prompt 2".split()
     train(tmp_path / "whole", "--num_epochs", "2", *flags)
     train(tmp_path / "run", "--num_epochs", "1", *flags)
-    train(tmp_path / "run", "--num_epochs", "2", *flags)
+    train(tmp_path / "run", "--num_epochs", "2", "--gradient_checkpointing", *flags)  # same bits
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
     metrics = read_metrics(tmp_path / "run")
     assert metrics[0]["kl"] == 0 != metrics[1]["kl"]
@@ -1175,10 +1045,8 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     ("--prompts nowhere.txt", "--prompts nowhere.txt .*it is not one of the sets hpdv2"),
     (f"--prompts {'a' * 300}", "--prompts aaa.*File name too long.*it is not one of the sets"),
     ("--reward hpsv2", "--reward hpsv2.*HF_HUB_OFFLINE"),
-    ("--reward TMP/bad.py:nan", r"epoch 1: --reward .*:nan is .*nan.* for 'A painting"),
     ("--model a/b", "--model a/b.*HF_HUB_OFFLINE"),
     ("--model README.md", "README.md cannot be used .*; the README says which can"),
-    ("--model TMP/XL", "StableDiffusionXLPipeline"),
     ("--num_steps 1000", "--num_steps 1000: must be less than 1000"),
     ("--images_per_prompt 1", "--images_per_prompt 1: must be at least 2"),
     ("--num_steps 1 --objective ddpo", "--num_steps 1: must be at least 2"),
@@ -1186,20 +1054,13 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
     ("--num_epochs -1", "--num_epochs -1: must be at least 1"),
     ("--clip_range nan", "--clip_range nan: must be at least 0"),
     ("--kl_weight 0", "--kl_weight 0.0: must be at least 1e-12"),
-    ("--model=", "--model: must not be empty"),
+    ("--model=", "--model: must not be empty"), ("--learning 1", "--learning"),
     ("--offline --objective ddpo", "--offline: ddpo is a policy gradient"),
     ("--evaluate nowhere", "--evaluate nowhere: no run with a checkpoint .*No such file"),
-    ("--learning_rate fast", "--learning_rate.*: invalid float value: 'fast'"),
-    ("--learning 1", "--learning")])
+    ("--learning_rate fast", "--learning_rate.*: invalid float value: 'fast'")])
 def test_a_mistake_gets_one_sentence_that_names_it(tmp_path, flags, message):
-    (tmp_path / "bad.py").write_text(
-        "def nan(images, prompts):\n    return [float('nan')] * len(prompts)\n")
-    (tmp_path / "XL").mkdir()
-    (tmp_path / "XL/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(prdp.UserError, match=message) as error:
-        train(tmp_path / "run", *flags.replace("TMP", str(tmp_path)).split())
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run/checkpoint.pt").exists()
+    with pytest.raises(prdp.UserError, match=f"^.*{message}.*$"):
+        train(tmp_path / "run", *flags.split())
 
 
 @pytest.mark.parametrize("error, told", [
@@ -1225,8 +1086,7 @@ httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.part
 TINY_CLIP = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
 PROMPTS = ["a cat", "a bat in a hat", "a " + "very " * 90 + "long prompt"]
 
 
@@ -1315,33 +1175,21 @@ def test_hpsv2_is_the_official_packages_score(tmp_path, monkeypatch, official_hp
         assert actual == pytest.approx(scores, rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip", "pickscore"])
-def test_clip_and_pickscore_are_the_cosine_that_pickscores_authors_compute(tmp_path, name):
+@pytest.mark.parametrize("name", ["clip", "pickscore", "aesthetic"])
+def test_clip_pickscore_and_aesthetic_are_as_their_authors_compute(tmp_path, name):
     network = CLIPModel.from_pretrained("demo/clip").eval()
     processor = CLIPProcessor.from_pretrained("demo/clip")
     options = dict(padding=True, truncation=True, return_tensors="pt")
     options["max_length"] = network.config.text_config.max_position_embeddings
-    reward = load_reward(f"{name}:{copy_clip(tmp_path / 'clip')}", CPU)
+    folder = copy_clip(tmp_path / "clip")
+    head = save_aesthetic_head(folder / "sac+logos+ava1-l14-linearMSE.pth", width=64)
+    reward = load_reward(f"{name}:{folder}", CPU)
     for image, prompt in zip(pictures((48, 48), (32, 32), (300, 512)), PROMPTS, strict=True):
         with torch.no_grad():
             output = network(**processor(images=pil(image), text=[prompt], **options))
-        expected = (output.text_embeds @ output.image_embeds.T)[0]  # both of length 1
+            of_text, of_image = output.text_embeds, output.image_embeds  # both of length 1
+            expected = head(of_image)[0] if name == "aesthetic" else (of_text @ of_image.T)[0]
         torch.testing.assert_close(reward(image[None], [prompt]), expected, rtol=0, atol=1e-6)
-
-
-def test_aesthetic_is_its_published_network(tmp_path):
-    network = CLIPModel.from_pretrained("demo/clip").eval()
-    processor = CLIPProcessor.from_pretrained("demo/clip").image_processor
-    file = copy_clip(tmp_path / "clip") / "sac+logos+ava1-l14-linearMSE.pth"
-    published = save_aesthetic_head(file, width=64)
-    assert [*torch.load(file)][::2] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]  # as its own
-    reward = load_reward(f"aesthetic:{tmp_path}/clip", CPU)
-    for image in pictures((48, 48), (32, 32), (300, 512)):
-        inputs = processor(pil(image), return_tensors="pt")
-        with torch.no_grad():
-            features = network.visual_projection(network.vision_model(**inputs).pooler_output)
-            expected = published(features / features.norm(dim=-1, keepdim=True))[0]
-        torch.testing.assert_close(reward(image[None], ["a"]), expected, rtol=0, atol=1e-6)
 
 
 def test_jpeg_rewards_are_the_size_of_the_file(tmp_path):
@@ -1372,7 +1220,7 @@ def test_rewards_are_float32_under_any_autocast_and_the_same_in_any_batch(reward
 
 def test_weights_that_do_not_fit_are_refused_by_name_and_code_in_them_does_not_run(reward_folder):
     file, clip = reward_folder / "hps.pt", reward_folder / "clip"
-    state, whole, code = torch.load(file)["state_dict"], file.read_bytes(), Trap(clip / "sprung")
+    state, whole, code = torch.load(file)["state_dict"], file.read_bytes(), Path()
     less = {name: weight for name, weight in state.items() if name != "ln_final.bias"}
     weights = safetensors.torch.load_file(clip / "model.safetensors")
     name = "vision_model.post_layernorm.weight"
@@ -1383,13 +1231,10 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_code_in_them_does_not_r
         (f"hpsv2:{file}", file, {"state_dict": code}, "code in it"),
         (f"aesthetic:{clip}", clip / "aesthetic-model.pth", code, "code in it"),
         (f"pickscore:{clip}", clip / "model.safetensors",
-         safetensors.torch.save(weights, {"format": "pt"}), name),
-    ):
+         safetensors.torch.save(weights, {"format": "pt"}), name)):
         saved.write_bytes(content) if isinstance(content, bytes) else torch.save(content, saved)
-        with pytest.raises(ValueError, match=f"--reward {spec} cannot be loaded .*{found}") as e:
+        with pytest.raises(ValueError, match=f"^--reward {spec} cannot be loaded .*{found}.*$"):
             load_reward(spec, CPU)
-        assert "\n" not in str(e.value) and len(str(e.value)) < 500
-    assert not (clip / "sprung").exists()
 
 
 def test_a_weighted_sum_is_the_sum_of_its_parts_and_a_weight_of_0_only_watches(tmp_path):
@@ -1417,9 +1262,8 @@ def test_a_weighted_sum_is_the_sum_of_its_parts_and_a_weight_of_0_only_watches(t
     "hpsv2=nan": "must be finite", "hpsv2=0,clip:a=0": "one of them not 0",
     "clip:a,hpsv2,clip:a=2": "'clip:a' is given twice", "pickscore:": "'pickscore:' lacks"}.items())
 def test_a_spec_that_is_not_clear_is_refused_in_a_sentence(spec, message):
-    with pytest.raises(ValueError, match=f"^--reward {re.escape(spec)}: .*{message}") as error:
+    with pytest.raises(ValueError, match=f"^--reward {re.escape(spec)}: .*{message}.*$"):
         load_reward(spec, CPU)
-    assert "\n" not in str(error.value)
 
 
 def test_scores_of_one_dict_share_a_call_and_have_weights_and_names_of_their_own(tmp_path):
@@ -1428,7 +1272,7 @@ def test_scores_of_one_dict_share_a_call_and_have_weights_and_names_of_their_own
 calls = []
 def scores(images, prompts):
     calls.append(len(prompts))
-    return {"red": images[:, 0].mean((1, 2)), "v1.length": list(map(len, prompts)), "bad": images}
+    return {"red": images[:, 0].mean((1, 2)), "v1.length": list(map(len, prompts))}
 def called(images, prompts):
     return [len(calls)] * len(prompts)
 """)
@@ -1441,12 +1285,9 @@ def called(images, prompts):
         torch.testing.assert_close(found["red"], red)
         assert found["v1.length"].tolist() == [1, 0, 5] and found["called"].tolist() == [batch] * 3
     torch.testing.assert_close(reward(images, given), 2 * red + torch.tensor([0.5, 0, 2.5]))
-    for spec, kind, message in (
-        ("scores", ValueError, "'scores' returned a dict; .* or for FUNCTION.SCORE a dict"),
-        ("scores.bad", ValueError, r"'bad' returned shape \(3, 3, 8, 8\)"),
-        ("scores.blue", RuntimeError, "'blue' failed: KeyError: 'blue'"),
-        ("called.red", RuntimeError, "'red' failed: TypeError: list indices")):
-        with pytest.raises(kind, match=f"^reward {message}"):
+    for spec, message in (("scores", "'scores' returned a dict; .* or for FUNCTION.SCORE a dict"),
+                          ("scores.blue", "'blue' failed: KeyError: 'blue'")):
+        with pytest.raises((ValueError, RuntimeError), match=f"^reward {message}"):
             load_reward(f"{file}:{spec}", CPU)(images, given)
 
 
@@ -1504,23 +1345,17 @@ def test_a_reward_may_have_worker_processes_that_start_afresh(tmp_path):
     file = tmp_path / "1.5/json.py"
     file.parent.mkdir()
     file.write_text("""
-import dataclasses, multiprocessing
-@dataclasses.dataclass
-class Picture:
-    red: float
-def work(picture):
-    return picture.red
+import multiprocessing
+def length(prompt): return len(prompt)
 def score(images, prompts):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pictures = [Picture(image[0].mean().item()) for image in images]
-        return pool.map_async(work, pictures).get(timeout=60)
+        return pool.map_async(length, prompts).get(timeout=60)
 """)
-    scores = load_reward(f"{file}:score", CPU)(torch.stack([torch.zeros(3, 8, 8)] * 2), ["", ""])
-    assert scores.tolist() == [0, 0]
+    reward = load_reward(f"{file}:score", CPU)
+    assert reward(torch.zeros(2, 3, 8, 8), ["a", "cat"]).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("fault, kind, message", [
-    ("raise OSError(111, 'refused')", RuntimeError, "failed: ConnectionRefusedError: .* refused"),
     ("raise httpx.ConnectError('refused')", RuntimeError, "failed: ConnectError: refused"),
     ("float('much')", RuntimeError, "failed: ValueError: could not convert"),
     ("sys.exit(0)", RuntimeError, "failed: SystemExit: 0"),
@@ -1562,9 +1397,8 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
     huggingface_hub.close_session()
     for spec in ("clip:a/b", "pickscore", "hpsv2", "aesthetic"):
         hint = "" if ":" in spec else f"; a local copy is given as {spec}:PATH"
-        with pytest.raises(ValueError, match=rf"^--reward {spec} .*{reason}.*\){hint}$") as error:
+        with pytest.raises(ValueError, match=rf"^--reward {spec} .*{reason}.*\){hint}$"):
             load_reward(spec, CPU)
-        assert ("without a network" in str(error.value)) is (status is None)
     with pytest.raises(ValueError, match=rf"--prompts hpdv2 .*{reason}.*python -m prompts.sets"):
         read_prompts("hpdv2")
     monkeypatch.undo()
