@@ -795,7 +795,7 @@ def train(config: Config, device: torch.device) -> None:
         run.save_weights(models)
         save_grid(config, models, [policy], prompts, run, f"samples/epoch_{len(metrics):04}.png")
         say(f"{run.folder} is finished; use it at its own guidance_scale, {config.guidance_scale}. "
-            "To judge it, on its own prompts or on others with --prompts:\n"
+            "To judge it, on its own prompts or, if they are many, on fewer with --prompts:\n"
             f"    python prdp.py --evaluate {str(run.folder)!r}")
 
 

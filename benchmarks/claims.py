@@ -798,10 +798,10 @@ def draw_gains(claims: list[Claim]) -> None:
     statistics of the batch, and B / (B - 1), whatever s is, with the other images of the prompt.
     AdamW fixes the length of a step, so what a noisy step gains goes with the inverse of the root
     of that (dashed, through the mean at level 0). At s = 1 / B (dotted) the two are equal."""
-    figure = Figure(figsize=(5 * len(claims), 3.5), layout="constrained")
+    figure, names = Figure(figsize=(5 * len(claims), 3.5), layout="constrained"), []
     for axes, claim in zip(figure.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
         base = between_prompts(claim.world_name)[0]
-        shares, names = torch.linspace(base, 1, 200), []
+        shares = torch.linspace(base, 1, 200)
         batch = {"demo": "DDPO, batch statistics", "demo-large": "DDPO"}[claim.world_name]
         for (method, _), folders in runs_of(claim).items():
             gains = evaluated(folders, claim.world.prompts.split(",")[-1], "clip", "difference")
