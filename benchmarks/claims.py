@@ -17,13 +17,12 @@ What is the same for all methods of a claim: the world's flags, so the images of
 epochs, the number of steps and guidance; the noise of the evaluation (seed 1000); and how the
 learning rate is chosen: four rates, and the one whose mean reward over the last fifth of the epochs
 is highest, on seeds that are not reported. That was seed 0 alone. On 45 prompts the five reported
-seeds then showed another order of PRDP's rates, so the sweep of P has seeds 0 and 1. An ablation, a
-method less one part, has the rate of the whole. A rate in a claim's method is not from a sweep.
-Methods differ by the flags in METHODS and the rate alone. The flags of the worlds demo and
-demo-large stand here, whatever the presets of these names are. P is the preset demo as it is: its
-sweep is judged by its evaluations, by reward and by objective, and the reported seeds have the rate
-of the preset. P-large is of runs of B4. Those at 5e-5 have the flags of the preset demo-large (a
-test), those at 1e-4 had them before 5e-5 was tried.
+seeds then showed another order of PRDP's rates, so `sweep` has seeds 0 and 1, and P's rate is from
+both (README.md has how). An ablation, a method less one part, has the rate of the whole. A rate in
+a claim's method is not from a sweep. Methods differ by the flags in METHODS and the rate alone. The
+flags of the worlds demo and demo-large stand here, whatever the presets of these names are. P is
+the preset demo as it is. P-large is of runs of B4. Those at 5e-5 have the flags of the preset
+demo-large, those at 1e-4 had them before 5e-5 was tried.
 
 Written before the runs of A to F, from the paper: what should be seen.
 
@@ -161,20 +160,18 @@ class World:
     prompts: str  # of the evaluation
     samples: int  # of the evaluation, of each prompt
     terms: tuple[str, ...]  # of the tables; the first is the reward, the last the judge's
-    rates: tuple[str, ...] = ("5e-5", "1e-4", "2e-4", "4e-4")  # of a sweep
-    is_preset: bool = False  # no flags of its own: a sweep is evaluated, others have its rate
 
 
 DEMO = ("prompts/animals.txt", 16, ("clip", "animal"))
 DEMO_LARGE = ("emoji-500,emoji-unseen", 4, ("clip", "animal", "all_right"))
-PRESET_RATES = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4")
 WORLDS = {
     "demo": World("45 prompts", f"--preset demo {SMALL_WORLD} --num_epochs 16", *DEMO),
     "demo-large": World("more than 100,000 prompts",
                         f"--preset demo-large {SMALL_WORLD} --num_epochs 40", *DEMO_LARGE),
-    "preset-demo": World("--preset demo", "--preset demo", *DEMO, PRESET_RATES, True),
+    "preset-demo": World("--preset demo", "--preset demo", *DEMO),
 }
-ALL_RATES, SWEEP_SEEDS = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
+ALL_RATES = ("2e-5", "5e-5", "7e-5", "1e-4", "2e-4", "4e-4")
+SWEEP_RATES, SWEEP_SEEDS = ("5e-5", "1e-4", "2e-4", "4e-4"), ("0", "1")
 GUIDANCES, OTHER_GUIDANCES = ("1", "1.5", "3", "5", "8"), ("3", "5")  # of the base, of the rest
 
 
@@ -242,7 +239,7 @@ CLAIMS = {
         "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4, 1e-4",
         "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300, 2e-5", "PRDP, K = 4, KL 300, offline, 2e-5")),
-    "P": Claim("preset-demo", ("PRDP",), "2,3,4,5,6"),
+    "P": Claim("preset-demo", ("PRDP, 7e-5",), "2,3,4,5,6"),
     "P-large": Claim("demo-large", (
         "PRDP, K = 4, 5e-5", "PRDP, K = 4, 60 epochs, 5e-5", "PRDP, K = 4, 1e-4")),
 }
@@ -399,22 +396,19 @@ def means(values: list[float], size: int) -> list[float]:
 
 def sweep_ends(world: str, method: str, seed: str) -> dict[str, float]:
     """The reward at the end of the sweep's runs that are there, by learning rate."""
-    folders = {rate: LOGS / name_of(world, method, rate, seed) for rate in WORLDS[world].rates}
+    folders = {rate: LOGS / name_of(world, method, rate, seed) for rate in SWEEP_RATES}
     return {rate: fifths(read(folder), "reward/clip")[-1]
             for rate, folder in folders.items() if folder.exists()}
 
 
-def rate_of(claim: Claim, method: str) -> str:
-    """At which to run it: a preset's own, or the best of the sweep, for which seeds count that have
-    all rates. Raises ValueError if there is none."""
-    world, source = claim.world, METHODS[method][1]
-    if world.is_preset:
-        own = prdp.parse_config(flags_of(claim.world_name, method)).learning_rate
-        return world.rates[list(map(float, world.rates)).index(own)]
-    sweeps = [sweep_ends(claim.world_name, source, seed) for seed in SWEEP_SEEDS]
-    if not (whole := [ends for ends in sweeps if len(ends) == len(world.rates)]):
-        raise ValueError(f"{source} in {claim.world_name} lacks its sweep: --rates says which")
-    return max(world.rates, key=lambda rate: sum(ends[rate] for ends in whole))
+def rate_of(world: str, method: str) -> str:
+    """The best of the sweep, for which seeds count that have all rates. Raises ValueError if there
+    is none."""
+    source = METHODS[method][1]
+    sweeps = [sweep_ends(world, source, seed) for seed in SWEEP_SEEDS]
+    if not (whole := [ends for ends in sweeps if len(ends) == len(SWEEP_RATES)]):
+        raise ValueError(f"{source} in {world} lacks its sweep: --rates says which")
+    return max(SWEEP_RATES, key=lambda rate: sum(ends[rate] for ends in whole))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -481,7 +475,7 @@ def guidance_table(claim: Claim) -> str:
         values = [evaluated(at, prompts, term, column)[:most] for term in claim.terms]
         rows += [[policy, str(len(values[0])), guidance, prompts, *map(mean_and_error, values)]
                  ] if values[0] else []
-    if all(policy == "base" for policy, *_ in rows) and not claim.world.is_preset:
+    if not rows:
         return ""
     return "By guidance in sampling, whatever it was in training.\n\n" + table(
         ["policy", "runs", "guidance", f"prompts x {claim.world.samples}", *claim.terms], rows)
@@ -607,14 +601,9 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
     rows = []
     for world, method, seed in itertools.product(WORLDS, METHODS, SWEEP_SEEDS):
         if METHODS[method][1] == method and (ends := sweep_ends(world, method, seed)):
-            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in ALL_RATES]
+            cells = [f"{ends[rate]:.3f}" if rate in ends else "" for rate in SWEEP_RATES]
             rows.append([world, method, seed, *cells])
-    text += table(["world", "method", "seed", *ALL_RATES], rows)
-    for claim in CLAIMS.values():
-        sweep = replace(claim, seeds=",".join(SWEEP_SEEDS))
-        if claim.world.is_preset and runs_of(sweep):
-            text += (f"What decided the rate of {claim.world.title}: evaluations of the sweep.\n\n"
-                     f"{ends_table(sweep)}")
+    text += table(["world", "method", "seed", *SWEEP_RATES], rows)
     text += "## Share of the reward's variance that lies between prompts\n\n"
     for world in ("demo", "demo-large"):
         first, last = between_prompts(world)
@@ -948,18 +937,17 @@ def main() -> None:
         return None
     methods = arguments.methods.split(";") if arguments.methods else claim.methods
     given, is_sweep = arguments.rates and arguments.rates.split(","), arguments.what == "sweep"
-    seeds = SWEEP_SEEDS if is_sweep else claim.seeds.split(",")
-    seeds = arguments.seeds.split(",") if arguments.seeds else seeds
+    seeds = (arguments.seeds or (",".join(SWEEP_SEEDS) if is_sweep else claim.seeds)).split(",")
     for seed, method in itertools.product(seeds, methods):
         (name, rate), *others = pairs_of(method)
         if is_sweep and METHODS[name][1] == method:
-            rates = given or claim.world.rates
+            rates = given or SWEEP_RATES
         elif not is_sweep and seed in claim.seeds_of(method):
-            rates = given or [rate_of(claim, name) if others else rate]
+            rates = given or [rate_of(claim.world_name, name) if others else rate]
         else:
             continue
         for rate in rates:
-            if is_sweep and not claim.world.is_preset:
+            if is_sweep:
                 train(claim.world_name, name, rate, seed)
             else:
                 train_and_evaluate(claim, name, rate, seed)
