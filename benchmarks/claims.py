@@ -53,7 +53,7 @@ A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as
         40 epochs, as many images as that DDPO, at its rate and at half of it.
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
 E2      E at rates that a KL weight can hold.
-H, I    Also without the KL term, which is RLOO, at the same rate.
+H, I    Also without the KL term, which is RLOO, at the same rate. I also has DDPO.
 L       Long runs: 400 epochs.
 M       The paper's reason why DDPO fails: rewards whose level depends on the prompt (levels.py). At
         level 0 these are the runs of A4 and B4, as a level that is 0 changes no reward.
@@ -70,8 +70,9 @@ reported runs. Some logs' folders had other names when their config.json was wri
 When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in C, and
 short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at a low rate
 in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
-49 epochs of I's RLOO, of which H's on seed 2 are the first 80. Those of 5e-5 in B4 and P-large are
-of after seed 0's run at that rate.
+49 epochs of I's RLOO, of which H's on seed 2 are the first 80. I's DDPO had none: it is the
+first half of L's, which was seen to drift. Those of 5e-5 in B4 and P-large are of after seed 0's
+run at that rate.
 """
 
 import argparse
@@ -136,7 +137,7 @@ METHODS = {  # flags, and the method whose best learning rate it has where a cla
     "PRDP, 400 epochs": ("--num_epochs 400", "PRDP"),
     "GRPO, K = 4": (f"--objective grpo {K4}", "GRPO, K = 4"),
     **{f"DDPO, {count} epochs": (f"{DDPO} --num_epochs {count}", "DDPO")
-       for count in (40, 100, 400)},
+       for count in (40, 100, 200, 400)},
     **{f"PRDP, K = 4, {count} epochs": (f"{K4} --num_epochs {count}", "PRDP, K = 4")
        for count in (40, 60, 80, 400)},
     "GRPO, 400 epochs": ("--objective grpo --num_epochs 400", "GRPO"),
@@ -230,7 +231,8 @@ CLAIMS = {
     "F": Claim("demo", ("PRDP, KL 0.001", "RLOO")),
     "G": Claim("demo", ("PRDP, 80 epochs, 1e-4",), "2"),
     "H": Claim("demo-large", ("PRDP, 80 epochs, 1e-4", "RLOO, 80 epochs, 1e-4")),
-    "I": Claim("demo-large", ("PRDP, 400 epochs, 1e-4", "RLOO, 160 epochs, 1e-4"), "2"),
+    "I": Claim("demo-large", (
+        "PRDP, 400 epochs, 1e-4", "RLOO, 160 epochs, 1e-4", "DDPO, 200 epochs"), "2"),
     "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
                               "RLOO, 400 epochs"), "2,3"),
     "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
@@ -757,14 +759,15 @@ def draw_curves(axes: Axes, folders: list[Path], key: str, **style: str) -> None
 
 
 def draw_kl_term(claim: Claim) -> None:
-    """PRDP at K = 1, and RLOO, which is the same without the KL term, at the same rate and from as
-    many images (seed 2; RLOO was stopped after 160 epochs). A point is the mean of ten
-    epochs. kl is the distance to the base, in nats per latent element and step."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, key, title in zip(figure.subplots(1, 2), ("kl", "reward/clip"), (
-            "distance to the base (kl)", "reward"), strict=True):
+    """PRDP at K = 1, RLOO, which is the same without the KL term, at the same rate, and DDPO at the
+    rate that was its best in 40 epochs (seed 2; RLOO was stopped after 160 epochs, DDPO after 200).
+    A point is the mean of ten epochs. kl is in nats per latent element and step."""
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 3), {
+            "kl": "distance to the base (kl)", "reward/clip": "reward",
+            "reward/all_right": "everything right, by the judge"}.items(), strict=True):
         for folders, label in zip(runs_of(claim).values(), (
-                "PRDP", "without its KL term (RLOO)"), strict=False):
+                "PRDP", "without its KL term (RLOO)", "DDPO, 2e-4"), strict=False):
             values = means([line[key] for line in read(folders[0])], 10)
             drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(values))]
             axes.plot(drawn, values, label=label)
