@@ -1345,11 +1345,12 @@ def test_a_reward_may_have_worker_processes_that_start_afresh(tmp_path):
     file = tmp_path / "1.5/json.py"
     file.parent.mkdir()
     file.write_text("""
-import multiprocessing
+import concurrent.futures, multiprocessing
 def length(prompt): return len(prompt)
 def score(images, prompts):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.map_async(length, prompts).get(timeout=60)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        return list(pool.map(length, prompts))
 """)
     reward = load_reward(f"{file}:score", CPU)
     assert reward(torch.zeros(2, 3, 8, 8), ["a", "cat"]).tolist() == [1, 3]

@@ -772,7 +772,7 @@ def draw_kl_term(claim: Claim) -> None:
             drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(values))]
             axes.plot(drawn, values, label=label)
         axes.set(xlabel="images drawn in training", title=title)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(LOGS / "kl-term.png", dpi=100)
 
 
