@@ -1285,9 +1285,10 @@ def called(images, prompts):
         torch.testing.assert_close(found["red"], red)
         assert found["v1.length"].tolist() == [1, 0, 5] and found["called"].tolist() == [batch] * 3
     torch.testing.assert_close(reward(images, given), 2 * red + torch.tensor([0.5, 0, 2.5]))
-    for spec, message in (("scores", "'scores' returned a dict; .* or for FUNCTION.SCORE a dict"),
-                          ("scores.blue", "'blue' failed: KeyError: 'blue'")):
-        with pytest.raises((ValueError, RuntimeError), match=f"^reward {message}"):
+    for spec, kind, message in (
+        ("scores", ValueError, "'scores' returned a dict; .* or for FUNCTION.SCORE a dict"),
+        ("scores.blue", RuntimeError, "'blue' failed: KeyError: 'blue'")):
+        with pytest.raises(kind, match=f"^reward {message}"):
             load_reward(f"{file}:{spec}", CPU)(images, given)
 
 
@@ -1398,8 +1399,9 @@ def test_the_hubs_answer_is_told_and_what_helps(tmp_path, monkeypatch, status, c
     huggingface_hub.close_session()
     for spec in ("clip:a/b", "pickscore", "hpsv2", "aesthetic"):
         hint = "" if ":" in spec else f"; a local copy is given as {spec}:PATH"
-        with pytest.raises(ValueError, match=rf"^--reward {spec} .*{reason}.*\){hint}$"):
+        with pytest.raises(ValueError, match=rf"^--reward {spec} .*{reason}.*\){hint}$") as error:
             load_reward(spec, CPU)
+        assert ("without a network" in str(error.value)) is (status is None)
     with pytest.raises(ValueError, match=rf"--prompts hpdv2 .*{reason}.*python -m prompts.sets"):
         read_prompts("hpdv2")
     monkeypatch.undo()
