@@ -91,7 +91,7 @@ from rewards import Reward, RewardError, check_words, load_network, load_reward,
 class Config:
     """Every flag. Defaults: the small-scale column of Table 4; `PRESETS` (§10) has the others.
 
-    Sizes are for all processes together; only micro_batch_size is for each. As log-probs are means
+    Sizes are for all processes together; only micro_batch_size is for each. As log ratios are means
     over T steps and D latent elements, the KL weight of Eq. 6 in nats is kl_weight / (T * D): with
     Stable Diffusion v1.4's D = 4 * 64 * 64 and T = 50, it is kl_weight / 819200.
     """
@@ -123,7 +123,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower updates")
     precision: Literal["bf16", "tf32", "float32"] | None = HfArg(default=None, help="of all but "
         "rewards; bf16: of the UNet, others in TF32. Default: on a GPU bf16 at K = 1, else tf32")
-    micro_batch_size: int = HfArg(default=4, help="images, or (image, step), of one UNet call")
+    micro_batch_size: int = HfArg(default=4, help="images, or (image, step), at a time")
     save_every: int = HfArg(default=10, help="epochs from one checkpoint to the next")
     evaluate: str | None = HfArg(default=None, help="compare this run with its base; or: base")
     samples_per_prompt: int = HfArg(default=16, help="images of each prompt in an evaluation")
@@ -195,7 +195,7 @@ class Policy:
     is_bf16: bool = False
 
     def autocast(self) -> torch.autocast:
-        """To bf16 if is_bf16. Where two are nested, the outer one keeps the cast weights."""
+        """To bf16 if is_bf16. An outer one around many calls casts each weight only once."""
         return torch.autocast(self.negative_embeds.device.type, torch.bfloat16, self.is_bf16)
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,12 +266,12 @@ def pair_differences(values: Tensor) -> Tensor:
 
 def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor,
               clip_range: float, kl_weight: float) -> Tensor:
-    """Squared error of log-ratio differences against reward differences / beta (Appendix G).
+    """Squared error of log-ratio differences against reward differences / kl_weight (Appendix G).
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
     policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
-    in nats per element, may be inf; kl_weight: Table 4's beta, > 0. A log ratio is the mean over
-    the T steps. Returns a scalar, the mean over prompts of the mean over their pairs of unequal
+    in nats per element, may be inf; kl_weight: Table 4's beta, > 0. An image's log ratio is a mean
+    over its steps. Returns a scalar, the mean over prompts of the mean over their pairs of unequal
     rewards: tied pairs are left out. It is never below the plain loss; 0 where log_probs and
     log_probs_old are the optimum's (Eq. 15); 0, with gradient 0, for a prompt whose rewards tie.
     """
@@ -341,14 +341,15 @@ def normalise(rewards: Tensor, sample: Tensor) -> Tensor:
     return (rewards - sample.mean(-1, keepdim=True)) / (std + 1e-6)
 
 
-# The baselines and their advantages. An objective that is not here is a regression, as prdp is.
+# The baselines' advantages (N, B): functions of the rewards (N, B) of all processes, the prompts,
+# history and tracker_size. An objective that is not here is a regression, as prdp is.
 POLICY_GRADIENTS = {"ddpo": ddpo_advantages, "grpo": grpo_advantages, "rloo": rloo_advantages}
 
 
 def objective_loss(config: Config, log_probs: Tensor, trajectories: "Trajectories") -> Tensor:
     """The loss of --objective at log_probs (n, B, T) of trajectories, a scalar."""
     old, ref = trajectories.log_probs_old, trajectories.log_probs_ref
-    if config.objective in POLICY_GRADIENTS:
+    if config.objective != "prdp":  # a policy gradient; only these have advantages
         return ppo_loss(log_probs, old, trajectories.advantages, config.clip_range)
     return prdp_loss(log_probs, old, ref, trajectories.rewards, config.clip_range, config.kl_weight)
 
@@ -385,7 +386,7 @@ def collect_epoch(config: Config, models: "Models", prompts: list[str], epoch: i
     N, B, size = config.prompts_per_epoch, config.images_per_prompt, config.micro_batch_size
     key = f"{config.seed}/{epoch}"
     seconds: dict[str, float] = {}
-    repeated = prompts * math.ceil(N / len(prompts))  # once, if there are N or more
+    repeated = prompts * math.ceil(N / len(prompts))  # one copy, if there are N or more
     epoch_prompts = random.Random(key).sample(repeated, N)
     mine = my_share(N)  # n of the indices 0..N-1
     indices = [(i, j) for i in mine for j in range(B)]  # P = n * B
@@ -672,14 +673,13 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- §7 Runs on disk
-# Flags that may change when a run goes on.
 MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointing", "save_every",
-              "samples_per_prompt"}
+              "samples_per_prompt"}  # when a run goes on
 
 
 class Run:
     """A run's folder. Only checkpoint.pt must survive a crash: it is written to another file,
-    flushed and renamed, so that the one before stays whole. All else can be made from it."""
+    flushed and renamed, so that the one before stays whole. All else but old pictures follows."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder).expanduser()  # a shell leaves ~ as it is in --run_dir=~/x
@@ -832,8 +832,7 @@ def sample_for_evaluation(config: Config, models: Models, policy: Policy, prompt
 
 def save_grid(config: Config, models: Models, policies: list[Policy], prompts: list[str],
               run: Run, name: str) -> None:
-    """A picture: a column for each of up to eight prompts, spread over the list; three rows for
-    each policy."""
+    """A picture: columns of up to eight prompts, spread over the list; three rows a policy."""
     columns = min(8, len(prompts))
     indices = [column * len(prompts) // columns for column in range(columns)]
     say(f"drawing {run.folder / name}: {' | '.join(prompts[index][:60] for index in indices)}")
@@ -875,7 +874,8 @@ def evaluate(config: Config, device: torch.device) -> None:
     policies = {"base": models.reference}
     if config.evaluate != "base":
         policies["finetuned"] = models.policy
-        Run(config.evaluate).load(models.policy.unet, {})
+        state = Run(config.evaluate).load(models.policy.unet, {})
+        say(f"finetuned: {config.evaluate} after epoch {len(state['metrics'])}")
     names = [*models.reward.weights, "weighted sum", "kl", "weighted sum - kl_weight * kl"]
     for prompt_set, prompts in prompt_sets.items():
         report_cut(prompts, models.pipeline.tokenizer, say)
@@ -886,7 +886,7 @@ def evaluate(config: Config, device: torch.device) -> None:
                    for column, policy in policies.items()}  # each (prompts, R + 3)
         if "finetuned" in columns:
             difference = columns["difference"] = columns["finetuned"] - columns["base"]
-            columns["better"] = (difference > 0).double().where(difference.isfinite(), math.nan)
+            columns["higher"] = (difference > 0).double().where(difference.isfinite(), math.nan)
         results = {name: {column: {"mean": values[:, i].mean().item(), "standard_error": (
             values[:, i].var(correction=0) / (len(prompts) - 1)).sqrt().item()}
             for column, values in columns.items()} for i, name in enumerate(names)}
@@ -920,7 +920,7 @@ PRESETS = {
 }
 # A baseline's own defaults, under any preset. DDPO also takes one image of each of the preset's
 # N * B prompts instead of B images of each of N: 512 prompts in the paper's settings.
-OBJECTIVES = {
+OBJECTIVE_DEFAULTS = {
     "grpo": dict(updates_per_epoch=2, clip_range=1e-4),
     "rloo": dict(updates_per_epoch=2, clip_range=1e-4),
     "ddpo": dict(images_per_prompt=1, updates_per_epoch=4, clip_range=1e-4, learning_rate=1e-5),
@@ -941,7 +941,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     defaults = asdict(Config()) | PRESETS[given.preset]
     if given.objective == "ddpo":
         defaults["prompts_per_epoch"] *= defaults["images_per_prompt"]
-    defaults |= OBJECTIVES.get(given.objective, {})
+    defaults |= OBJECTIVE_DEFAULTS.get(given.objective, {})
     if given.evaluate not in (None, "base"):
         try:
             run = Run(given.evaluate)

@@ -159,8 +159,8 @@ def contained(name: str, device: torch.device | str) -> Iterator[None]:
         with (contextlib.chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()),
               torch.autocast(torch.device(device).type, enabled=False)):
             yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError):
-        raise  # no fault of the code
+    except (KeyboardInterrupt, torch.OutOfMemoryError, UserError):
+        raise  # no fault of the code, or said already
     except BaseException as error:  # SystemExit too, which would end the run as if all were well
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RewardError(f"{name} failed: {cause}") from error
@@ -287,8 +287,18 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
         module = importlib.import_module(MODULE + str(Path(file).resolve()).replace(".", "%2E"))
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {spec}: there is no function {name!r} in {file}")
-    select = (lambda scores: scores[key]) if key else (lambda scores: scores)
-    return lambda images, prompts: select(call_function(module, name, images, tuple(prompts)))
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        scores = call_function(module, name, images, tuple(prompts))
+        if not key:
+            return scores
+        if not isinstance(scores, dict) or key not in scores:
+            found = (f"no score {key!r}, but {', '.join(scores)}" if isinstance(scores, dict) else
+                     f"a {type(scores).__name__}, not a dict")
+            raise UserError(f"--reward {spec}: {name} returned {found}")
+        return scores[key]
+
+    return score
 
 
 # A reward file is the module rewards./PATH, a name that hides no other module. This is how import
