@@ -678,8 +678,8 @@ MAY_CHANGE = {"run_dir", "num_epochs", "micro_batch_size", "gradient_checkpointi
 
 
 class Run:
-    """A run's folder. Only checkpoint.pt must survive a crash: it is written to another file,
-    flushed and renamed, so that the one before stays whole. All else but old pictures follows."""
+    """A run's folder. Only checkpoint.pt must survive a crash: it is written aside, flushed and
+    renamed, so that the one before stays whole. All else but old pictures can be made from it."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder).expanduser()  # a shell leaves ~ as it is in --run_dir=~/x

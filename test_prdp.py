@@ -428,6 +428,9 @@ def test_an_update_of_a_policy_gradient_takes_its_part_of_the_prompts(images, up
     for regression in ("prdp", "a fork's"):  # takes all pairs in every update
         batches = prdp.batches_of_updates(replace(config, objective=regression), whole)
         assert len(batches) == updates and all(batch is whole for batch in batches)
+    with pytest.raises(AttributeError):  # what has neither a loss nor advantages trains nothing
+        prdp.objective_loss(replace(config, objective="a fork's"), moved[0],
+                            replace(parts[0], advantages=None))
 
 
 @pytest.mark.parametrize("objective", ["prdp", "grpo"])
