@@ -136,7 +136,7 @@ def parse_reward(spec: str) -> dict[str, tuple[str, Callable, float]]:
             if scorer == "clip" or scorer.endswith(":"):
                 raise ValueError(f"{scorer!r} lacks what a colon gives: a folder, file or function")
             terms.append((name, (scorer, factory, float(weight))))
-        names = [name for name, _ in terms]
+        names = ["kl", *(name for name, _ in terms)]  # as kl is a row of --evaluate
         for name, term in terms:  # without slashes, as a run's folder is named after them
             name = (term[0] if names.count(name) > 1 else name).replace("/", "-")
             if name in parsed:

@@ -1299,7 +1299,7 @@ def called(images, prompts):
 @pytest.mark.parametrize("spec, names", {
     "a.py:f,b.py:f=2,b.py:g": ["a.py:f", "b.py:f", "g"],
     "clip:x/y=1,clip:x/z,hpsv2": ["clip:x-y", "clip:x-z", "hpsv2"],
-    "hpsv2,hpsv2:file.pt=0": ["hpsv2", "hpsv2:file.pt"],
+    "hpsv2,hpsv2:file.pt=0": ["hpsv2", "hpsv2:file.pt"], "a.py:kl": ["a.py:kl"],
     "a.py:f.red,a.py:g.red,a.py:f.a/b": ["a.py:f.red", "a.py:g.red", "a-b"]}.items())
 def test_rewards_of_one_name_are_told_apart_and_no_name_has_a_slash(spec, names):
     assert list(prdp.parse_reward(spec)) == names
