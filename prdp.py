@@ -915,7 +915,7 @@ DEMO = dict(  # its judge is only logged
 PRESETS = {
     "small": {}, "multi": MULTI, "demo": DEMO,
     "large": MULTI | dict(prompts="hpdv2", reward="hpsv2", kl_weight=3e-6, learning_rate=7e-6),
-    "demo-large": DEMO | dict(prompts="emoji", num_epochs=40, guidance_scale=1.5, kl_weight=1.0,
+    "demo-large": DEMO | dict(prompts="emoji", num_epochs=60, guidance_scale=1.5, kl_weight=1.0,
                               learning_rate=5e-5),
 }
 # A baseline's own defaults, under any preset. DDPO also takes one image of each of the preset's
