@@ -292,10 +292,11 @@ def load_function(spec: str, device: torch.device | str) -> Scorer:
         scores = call_function(module, name, images, tuple(prompts))
         if not key:
             return scores
-        if not isinstance(scores, dict) or key not in scores:
-            found = (f"no score {key!r}, but {', '.join(scores)}" if isinstance(scores, dict) else
-                     f"a {type(scores).__name__}, not a dict")
-            raise UserError(f"--reward {spec}: {name} returned {found}")
+        returned = f"--reward {spec}: {name} returned"
+        if not isinstance(scores, dict):
+            raise UserError(f"{returned} a {type(scores).__name__}, not a dict")
+        if key not in scores:
+            raise UserError(f"{returned} no score {key!r}, but {', '.join(scores)}")
         return scores[key]
 
     return score

@@ -763,14 +763,14 @@ def draw_kl_term(claim: Claim) -> None:
     rate that was its best in 40 epochs (seed 2; RLOO was stopped after 160 epochs, DDPO after 200).
     A point is the mean of ten epochs. kl is in nats per latent element and step."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
+    label_of = {"PRDP": "PRDP", "RLOO": "without its KL term (RLOO)", "DDPO": "DDPO, 2e-4"}
     for axes, (key, title) in zip(figure.subplots(1, 3), {
             "kl": "distance to the base (kl)", "reward/clip": "reward",
             "reward/all_right": "everything right, by the judge"}.items(), strict=True):
-        for folders, label in zip(runs_of(claim).values(), (
-                "PRDP", "without its KL term (RLOO)", "DDPO, 2e-4"), strict=False):
+        for (method, _), folders in runs_of(claim).items():
             values = means([line[key] for line in read(folders[0])], 10)
             drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(values))]
-            axes.plot(drawn, values, label=label)
+            axes.plot(drawn, values, label=label_of[method.partition(",")[0]])
         axes.set(xlabel="images drawn in training", title=title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(LOGS / "kl-term.png", dpi=100)
