@@ -70,8 +70,9 @@ reported runs. Some logs' folders had other names when their config.json was wri
 When the later predictions were written, A4's seeds 2 to 4 of PRDP at K = 4 had been seen in C, and
 short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those of DDPO at a low rate
 in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
-49 epochs of I's RLOO, of which H's on seed 2 are the first 80. I's DDPO had none: it is the
-first half of L's, which was seen to drift. Those of 5e-5 in B4 and P-large are of after seed 0's
+49 epochs of I's RLOO, of which H's on seed 2 are the first 80. I's DDPO at 2e-4 had none: it is
+the first half of L's, which was seen to drift. Those of it at 1e-4 are of after that and after B4's
+100 epochs. Those of 5e-5 in B4 and P-large are of after seed 0's
 run at that rate, those of 60 epochs of after the reported runs of 40.
 """
 
@@ -232,7 +233,8 @@ CLAIMS = {
     "G": Claim("demo", ("PRDP, 80 epochs, 1e-4",), "2"),
     "H": Claim("demo-large", ("PRDP, 80 epochs, 1e-4", "RLOO, 80 epochs, 1e-4")),
     "I": Claim("demo-large", (
-        "PRDP, 400 epochs, 1e-4", "RLOO, 160 epochs, 1e-4", "DDPO, 200 epochs"), "2"),
+        "PRDP, 400 epochs, 1e-4", "RLOO, 160 epochs, 1e-4", "DDPO, 200 epochs, 2e-4",
+        "DDPO, 200 epochs, 1e-4"), "2"),
     "L": Claim("demo-large", ("PRDP, K = 4, 400 epochs", "DDPO, 400 epochs", "GRPO, 400 epochs",
                               "RLOO, 400 epochs"), "2,3"),
     "M": Claim("demo", ("DDPO, batch statistics", "DDPO, batch statistics, level 10", "DDPO",
