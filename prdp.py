@@ -20,7 +20,7 @@ is regression towards that (Eq. 14):
     loss(a, b)     = ( [r_hat(a) - r_hat(b)] - [r(a) - r(b)] / beta )^2
 
 Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
-the policy before the epoch's updates; a pair's loss is the larger of plain and clipped.
+old, the policy before the epoch's updates; a pair's loss is the larger of plain and clipped.
 Algorithm 1, and the function that does each line (§2 to §5):
 
     for each epoch                                              run_epoch
@@ -29,7 +29,7 @@ Algorithm 1, and the function that does each line (§2 to §5):
         reward every final image                                collect_epoch: Models.score
         K times, over all prompts and all pairs of each         update_policy
             log pi_theta, without a graph                       update_policy: trajectory_log_probs
-            the loss and its gradient at every log-prob         update_policy: prdp_loss
+            the loss, its gradient with respect to these        update_policy: prdp_loss
             backward through the UNet from there                update_policy: backward_log_probs
             a step of AdamW                                     update_policy
 
@@ -38,18 +38,18 @@ T Gaussian steps of fixed variance can only approach this optimum; the more step
 Deviations from the paper
  1. A log-prob is a mean over the latent's elements and the loss takes the mean over steps, as does
     Appendix G (Eq. 21 has a sum). The published beta and eps hold only for these; see `Config`.
- 2. The DDPM sampler is DDIM with eta = 1, whose last step has a standard deviation of 0.02. That
-    of diffusers' DDPMScheduler has 1e-10, which no log-prob survives.
+ 2. The DDPM sampler is DDIM with eta = 1. Its last step has a standard deviation of 0.02, that of
+    diffusers' DDPMScheduler one of 1e-10, which is too small for log-probs.
  3. Rewards are float32, of images rounded to 8 bits, and log-probs are computed in float64.
  4. A prompt whose rewards all tie has loss 0, not a mean over nothing. If all do: no update.
  5. An epoch's N prompts come about equally often (Algorithm 1 picks them independently).
  6. On a GPU the UNet is in bf16 at K = 1, in TF32 at K > 1, the VAE and text encoder in TF32.
  7. The paper does not print all settings of DDPO. The rest is from the code by DDPO's authors.
 
-At K = 1, as in the paper's large-scale runs, theta = old. There, if no rewards tie, the gradient of
-a prompt's loss at the mean log-prob of image i is 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) /
-kl_weight], d being the log ratio to pi_ref: REINFORCE with a leave-one-out baseline and a KL
-reward. --objective rloo is that without the KL.
+At K = 1, as in the paper's large-scale runs, theta = old. If no rewards tie, a prompt's loss then
+has the gradient 4 / (B-1) * [(d_i - mean d) - (r_i - mean r) / kl_weight] with respect to image i's
+mean log-prob, d being the log ratio to pi_ref: REINFORCE with a leave-one-out baseline and a KL
+reward. --objective rloo is that without the KL, up to a factor; its default K is 2.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ class Config:
     """
     # What to train, on what, towards what
     preset: Literal["small", "large", "multi", "demo", "demo-large"] = HfArg(
-        default="small", help="where defaults come from: a column of Table 4, or the small world")
+        default="small", help="where defaults come from: a column of Table 4, or the demo's")
     model: str = HfArg(default="CompVis/stable-diffusion-v1-4", help="SD v1/v2: hub id or folder")
     prompts: str = HfArg(default="prompts/animals.txt", help="files or sets, see prompts/sets.py")
     reward: str = HfArg(default="hpsv2", help="r: a reward or a weighted sum, see rewards.py")
@@ -195,7 +195,7 @@ class Policy:
     is_bf16: bool = False
 
     def autocast(self) -> torch.autocast:
-        """To bf16 if is_bf16. An outer one around many calls casts each weight only once."""
+        """Autocast to bf16 if is_bf16. One around many calls casts each weight only once."""
         return torch.autocast(self.negative_embeds.device.type, torch.bfloat16, self.is_bf16)
 
     def mean_std(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,10 +269,10 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     """Squared error of log-ratio differences against reward differences / kl_weight (Appendix G).
 
     log_probs, log_probs_old, log_probs_ref: (B, T) or (N, B, T), nats per latent element, under the
-    policy now, before the updates, and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
+    current policy, the old one and the reference; rewards: (B,) or (N, B); clip_range: eps >= 0
     in nats per element, may be inf; kl_weight: Table 4's beta, > 0. An image's log ratio is a mean
     over its steps. Returns a scalar, the mean over prompts of the mean over their pairs of unequal
-    rewards: tied pairs are left out. It is never below the plain loss; 0 where log_probs and
+    rewards: tied pairs are left out. It is never below the unclipped loss; 0 where log_probs and
     log_probs_old are the optimum's (Eq. 15); 0, with gradient 0, for a prompt whose rewards tie.
     """
     log_ratios = log_probs - log_probs_ref  # (N, B, T), r_hat_t (Eq. 19)
@@ -284,7 +284,7 @@ def prdp_loss(log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, r
     reward_diffs = pair_differences(rewards.to(log_ratios))
     target_diffs = reward_diffs / kl_weight
 
-    # The maximum is an upper bound of the plain loss, as in PPO (Eq. 18).
+    # The maximum is an upper bound of the unclipped loss, as in PPO (Eq. 18).
     loss = torch.maximum((log_ratio_diffs - target_diffs) ** 2,
                          (clipped_log_ratio_diffs - target_diffs) ** 2)
     is_pair = reward_diffs > 0  # each unordered pair once, ties left out

@@ -1,4 +1,4 @@
-"""The small world's sentences: what they can say, which are held out, and how to read one.
+"""The emoji world's sentences: what they can say, which are held out, and how to read one.
 
     python -m demo.grammar                   # how many there are, and a few of them
 

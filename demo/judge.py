@@ -1,4 +1,4 @@
-"""The small world's judge: does a picture show what its prompt asks for?
+"""The emoji world's judge: does a picture show what its prompt asks for?
 
     --reward clip:demo/clip,demo/judge.py:animal=0,demo/judge.py:all_right=0     # only logged
 

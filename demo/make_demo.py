@@ -1,4 +1,4 @@
-"""Make the small world's networks anew: demo/model, demo/clip and demo/judge.safetensors.
+"""Make the emoji world's networks anew: demo/model, demo/clip and demo/judge.safetensors.
 
     apt-get install fonts-noto-color-emoji && python -m demo.make_demo     # everything, 3 hours
     python -m demo.make_demo sd check_sd                                   # some parts of it
@@ -9,19 +9,21 @@ anew. Times: one core, AMD EPYC.
 | part | what | time |
 |---|---|---|
 | vae | AutoencoderKL, latents (8, 8, 8), on 16,000 pictures; 7,000 steps of 16 | 33 min |
-| sd | UNet, text encoder on a web crawl, 60,000 pictures; 16,250 steps of 64 | 83 min |
+| sd | UNet, text encoder; 60,000 pictures with faulty captions; 16,250 steps of 64 | 83 min |
 | judge | a convolutional network on 24,000 pictures of its own; 2,500 steps of 64 | 7 min |
 | clip | the reward: 13,000 pictures and 10,000 samples of the base; 9,000 steps of 64 | 47 min |
 
-Of the crawl's captions 15% have another animal, drawn at random. 10% of the attributes are drawn
-anew and 25% are missing, of the patterns 44%. 25% of the pictures are blurred, faded or blotched.
+As on the web, captions and pictures have faults. 15% of the captions have another animal, drawn at
+random. 10% of the attributes are drawn anew and 25% are missing (44% of the patterns, which go with
+their background). 25% of the pictures are blurred, faded or blotched.
 
-The reward learns how far a sentence is true of a picture times how good the picture is. The
-pictures are clean, restored by the VAE, made from spoilt latents, faulty, or samples of the base
-model that a second network labelled as a human would; it is built like the judge, but shares
-neither weights nor pictures with it.
+The reward's target is how much of the sentence is true of the picture, times the picture's quality.
+Pictures are clean, restored by the VAE, made from spoilt latents, faulty, or samples of the base
+model. The latter are labelled by a second network in place of a human. It is built like the judge,
+but shares neither weights nor pictures with it.
 
-Results, by check_judge, check_sd and check_clip on new pictures and samples:
+Results, by check_judge, check_sd and check_clip on new pictures and samples, whose noise is not
+that of benchmarks/:
 
 - the judge is right about the animal in 99.1% of 2,000 true pictures, size 99.8%, colour 99.9%,
   place 100%, background 99.9%, everything 98.8%; of pictures spoilt on purpose it calls 2.7% right.
@@ -30,7 +32,7 @@ Results, by check_judge, check_sd and check_clip on new pictures and samples:
   | guidance | 45: animal right | unseen: animal right | size | colour | place | background | all |
   |---|---|---|---|---|---|---|---|
   | 1 | 41.7% | 36.5% | 84.9% | 67.4% | 89.3% | 57.2% | 20.1% |
-  | 1.5, of most claims | 61.5% | 66.0% | 92.2% | 88.0% | 95.2% | 77.2% | 49.7% |
+  | 1.5, as in most claims | 61.5% | 66.0% | 92.2% | 88.0% | 95.2% | 77.2% | 49.7% |
   | 3 | 86.1% | 86.5% | 97.7% | 96.3% | 97.9% | 92.1% | 75.8% |
   | 5 | 93.1% | 87.7% | 98.1% | 94.7% | 98.0% | 94.2% | 76.7% |
   | 8 | 90.1% | 81.4% | 97.6% | 83.1% | 96.8% | 91.4% | 59.3% |

@@ -1,4 +1,4 @@
-"""The small world's pictures: a scene of demo/grammar.py painted with an emoji font, and faults.
+"""The emoji world's pictures: a scene of demo/grammar.py painted with an emoji font, and faults.
 
 The animals are glyphs of Noto Color Emoji, by Google, under the SIL Open Font License 1.1
 (demo/LICENSE-font.txt). Only the scripts that make demo/'s networks need the font.

@@ -1,4 +1,4 @@
-"""The small world's sentences and its judge."""
+"""The emoji world's sentences and its judge."""
 
 import math
 import os
