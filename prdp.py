@@ -843,7 +843,7 @@ def save_grid(config: Config, models: Models, policies: list[Policy], prompts: l
                                                  antialias=True).unflatten(0, (columns, -1))
         rows.append(images.transpose(0, 1).flatten(0, 1))  # a row has an image of each prompt
     (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat(rows).clamp(0, 1), run.folder / name, nrow=columns)
+    save_image(torch.cat(rows), run.folder / name, nrow=columns)
 
 
 def score_prompts(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Tensor:

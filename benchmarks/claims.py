@@ -570,12 +570,11 @@ def curves_lie_on_each_other(claim: Claim) -> str:
     rows = []
     for seed in claim.seeds.split(","):
         folders = [LOGS / name_of(claim.world_name, *run, seed) for run in runs_of(claim)]
-        if len(folders) == 2 and all(folder.exists() for folder in folders):
-            curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
-            gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
-            half = len(gaps) // 2
-            rows.append([seed, f"{statistics.fmean(gaps[:half]):.4f}",
-                         f"{statistics.fmean(gaps[half:]):.4f}", f"{max(gaps):.4f}"])
+        curves = [[line["reward/clip"] for line in read(folder)] for folder in folders]
+        gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
+        half = len(gaps) // 2
+        rows.append([seed, f"{statistics.fmean(gaps[:half]):.4f}",
+                     f"{statistics.fmean(gaps[half:]):.4f}", f"{max(gaps):.4f}"])
     return table(["seed", "mean distance of the rewards, first half of the epochs", "second half",
                   "largest"], rows)
 
@@ -625,20 +624,15 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
         text += f"![curves]({name}.png)\n\n"
         if (LOGS / f"{name}-samples.png").exists():
             text += f"![samples]({name}-samples.png)\n\n{kinds_table(LOGS / f'{name}-kinds.json')}"
-    both = [replace(shown[at_4], methods=(*CLAIMS[at_1].methods, *shown[at_4].methods))
-            for at_1, at_4 in (("A", "A4"), ("B", "B4")) if at_4 in shown]
-    if both:
-        draw_distance(both, LOGS / "distance.png")
-        text += figure_section("Reward against distance", draw_distance, "distance")
-    if "I" in shown:
-        draw_kl_term(shown["I"])
-        text += figure_section("Without the KL term", draw_kl_term, "kl-term")
-    if mechanism := [shown[name] for name in ("M", "M-large") if name in shown]:
-        draw_gains(mechanism)
-        text += figure_section("Gain against share", draw_gains, "gains")
+    draw_distance([replace(CLAIMS[at_4], methods=CLAIMS[at_1].methods + CLAIMS[at_4].methods)
+                   for at_1, at_4 in (("A", "A4"), ("B", "B4"))])
+    draw_kl_term(CLAIMS["I"])
+    draw_gains([CLAIMS["M"], CLAIMS["M-large"]])
+    text += figure_section("Reward against distance", draw_distance, "distance")
+    text += figure_section("Without the KL term", draw_kl_term, "kl-term")
+    text += figure_section("Gain against share", draw_gains, "gains")
     text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
     text += costs_table()
-    LOGS.mkdir(parents=True, exist_ok=True)
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
 
 
@@ -690,16 +684,17 @@ def draw(claim: Claim, file: Path) -> None:
     """Reward and judge against images drawn: the mean over seeds and their range."""
     figure = Figure(figsize=(5, 7.5), layout="constrained")
     for _, column, method, folders, style in panels([claim], figure, "images drawn in training"):
-        if has_curves(method):
-            for axes, term in zip(column, claim.curves.values(), strict=True):
+        if not has_curves(method):  # a level line at the mean of the evaluations
+            style["linestyle"] = {"-": "--", ":": "-."}[style["linestyle"]]
+        for axes, term in zip(column, claim.curves.values(), strict=True):
+            if has_curves(method):
                 draw_curves(axes, folders, f"reward/{term}", **style)
-        else:
-            dashed = {"-": "--", ":": "-."}[style["linestyle"]]
-            draw_ends(claim, folders, column, **style | {"linestyle": dashed})
+            elif ends := evaluated(folders, claim.world.prompts, term):
+                axes.axhline(statistics.fmean(ends), **style)
     figure.savefig(file, dpi=100)
 
 
-def draw_distance(claims: list[Claim], file: Path) -> None:
+def draw_distance(claims: list[Claim]) -> None:
     """How far from the base a policy had to go for its reward (above) and the judge (below). A
     point is a tenth of the epochs (an epoch, where they are fewer than 20), the mean over seeds of
     the samples of training. Methods are left out whose logs have no kl. A method has one colour,
@@ -714,7 +709,7 @@ def draw_distance(claims: list[Claim], file: Path) -> None:
                           for key in ("kl", f"reward/{term}")]
                 axes.plot(*(means(curve, max(1, len(curve) // 10)) for curve in curves),
                           marker=".", **style)
-    figure.savefig(file, dpi=100)
+    figure.savefig(LOGS / "distance.png", dpi=100)
 
 
 def panels(claims: list[Claim], figure: Figure, x_label: str) -> Iterator[
@@ -777,13 +772,6 @@ def draw_kl_term(claim: Claim) -> None:
         axes.set(xlabel="images drawn in training", title=title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(LOGS / "kl-term.png", dpi=100)
-
-
-def draw_ends(claim: Claim, folders: list[Path], column: Iterable[Axes], **style: str) -> None:
-    """A level line at the mean of the evaluations, if there are any yet."""
-    for axes, term in zip(column, claim.curves.values(), strict=True):
-        if ends := evaluated(folders, claim.world.prompts, term):
-            axes.axhline(statistics.fmean(ends), **style)
 
 
 def draw_gains(claims: list[Claim]) -> None:

@@ -66,10 +66,10 @@ GIB = 2**30
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     """A reward that costs nothing."""
-    return images.float().mean((1, 2, 3))
+    return images.mean((1, 2, 3))
 
 
-def median_seconds(tasks: dict[str, Callable[[], dict[str, float] | None]],
+def median_seconds(tasks: dict[str, Callable[[], dict[str, float]]],
                    rounds: int) -> dict[str, dict[str, float]]:
     """Run every task in turn, `rounds` times after a warm-up; medians of what each returns, and of
     its whole time as "epoch"."""
@@ -77,7 +77,7 @@ def median_seconds(tasks: dict[str, Callable[[], dict[str, float] | None]],
     for round_ in range(rounds + 1):
         for name, task in tasks.items():
             started = time.perf_counter()
-            parts = task() or {}
+            parts = task()
             parts["epoch"] = time.perf_counter() - started
             for part, value in parts.items() if round_ else ():
                 seconds[name][part].append(value)
@@ -307,19 +307,16 @@ def skip(updates: int = 10) -> None:
     report("skip", rows, clip_range=1e-6, learning_rate=1e-5, threads=torch.get_num_threads())
 
 
-def run_prdp(*flags: str, processes: int = 1, threads: int = 2) -> list[dict]:
+def run_prdp(*flags: str, processes: int, threads: int) -> list[dict]:
     """The metrics of a run of the command itself."""
     with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "prdp.py"]
-        if processes > 1:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                      f"--nproc_per_node={processes}", "prdp.py"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                  f"--nproc_per_node={processes}", "prdp.py"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([*launch, "--preset", "demo", "--run_dir", folder, *flags], cwd=ROOT,
                        env=environment, check=True, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
-        return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().split("\n")
-                if line]
+        return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def world(rounds: int = 3) -> None:

@@ -57,7 +57,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
@@ -87,7 +86,6 @@ from demo import judge as judging
 from demo.grammar import ANIMALS, COLOURS, PATTERNS, PLACES, SIZES, Scene, parse, prompts
 from demo.judge import ANSWERS, Judge
 from demo.pictures import FAULTS, RESOLUTION, paint, random_scene
-from prdp import predict_noise
 from rewards import load_reward
 
 DEMO = Path(__file__).parent
@@ -108,23 +106,19 @@ def train(name: str, networks: dict[str, nn.Module], loss_of_step: Callable[[], 
     """AdamW; the same command continues a training that was stopped.
 
     The rate rises over 100 steps, stays, and falls to zero over the last three fifths. `save`
-    writes what the repository keeps. With torchrun each process has a batch of its own.
+    writes what the repository keeps.
     """
-    parameters = [p for network in networks.values() for p in network.parameters()
-                  if p.requires_grad]
+    parameters = [p for network in networks.values() for p in network.parameters()]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    step, seconds, losses, running = 0, 0.0, [], 0.0
+    step, seconds, running = 0, 0.0, 0.0
     checkpoint = WORK / f"{name}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint)
-        step, seconds, losses = state["step"], state["seconds"], state["losses"]
+        step, seconds = state["step"], state["seconds"]
         for key, network in networks.items():
             network.load_state_dict(state["networks"][key])
         optimizer.load_state_dict(state["optimizer"])
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    torch.manual_seed(step * world + rank)
+    torch.manual_seed(step)
     started = time.time()
     while step < steps:
         for group in optimizer.param_groups:
@@ -132,26 +126,20 @@ def train(name: str, networks: dict[str, nn.Module], loss_of_step: Callable[[], 
         loss = loss_of_step()
         optimizer.zero_grad()
         loss.backward()
-        if world > 1:
-            gradients = nn.utils.parameters_to_vector(p.grad for p in parameters)
-            dist.all_reduce(gradients)
-            nn.utils.vector_to_parameters(gradients / world, (p.grad for p in parameters))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step, running = step + 1, running + loss.item()
-        if step % 50 == 0 and rank == 0:
-            losses.append(round(running / 50, 5))
+        if step % 50 == 0:
+            elapsed = seconds + time.time() - started
+            print(f"{name} {step}/{steps} {running / 50:.5f} {elapsed:.0f} s", flush=True)
             running = 0.0
-            print(f"{name} {step}/{steps} {losses[-1]} {seconds + time.time() - started:.0f} s",
-                  flush=True)
-        if (step % 250 == 0 or step == steps) and rank == 0:
-            state = {"step": step, "seconds": seconds + time.time() - started, "losses": losses,
+        if step % 250 == 0 or step == steps:
+            state = {"step": step, "seconds": seconds + time.time() - started,
                      "networks": {key: n.state_dict() for key, n in networks.items()},
                      "optimizer": optimizer.state_dict()}
             torch.save(state, checkpoint.with_suffix(".new"))
             os.replace(checkpoint.with_suffix(".new"), checkpoint)
-    if rank == 0:
-        save()
+    save()
 
 
 def cached(name: str, make: Callable[[], Iterable[np.ndarray]]) -> list[np.ndarray]:
@@ -264,8 +252,7 @@ def web_caption(scene: Scene, rng: random.Random) -> str:
         told = asdict(scene)
         if rng.random() < WRONG_ANIMALS:
             told["animal"] = rng.choice(ANIMALS)
-        for name, values in {"size": SIZES, "colour": COLOURS, "place": PLACES,
-                             "pattern": PATTERNS, "background": COLOURS}.items():
+        for name, values in list(ATTRIBUTES.items())[1:]:  # all but the animal
             if told[name] and rng.random() < WRONG_ATTRIBUTES:
                 told[name] = rng.choice(values)
             if rng.random() < LEFT_OUT:
@@ -298,13 +285,9 @@ def crawl(seed: int, count: int) -> None:
     cached(f"crawl-{seed}", make)
 
 
-def make_crawl(parts: int = 4, count: int = 15000) -> None:
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(crawl, range(100, 100 + parts), [count] * parts))
-
-
 def make_sd(steps: int = 16250, batch: int = 64) -> None:
-    make_crawl()
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(crawl, range(100, 104), [15000] * 4))
     tokenizer = make_tokenizer()
     text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(tokenizer, width=96)))
     vae = AutoencoderKL.from_pretrained(DEMO / "model/vae")
@@ -444,7 +427,7 @@ def make_judge(steps: int = 2500, batch: int = 64, name: str = "judge", seed: in
           lambda: save_file(judge.state_dict(), file))
 
 
-def check_judge(count: int = 2000) -> dict[str, float]:
+def check_judge(count: int = 2000) -> None:
     """The share of new true pictures that the judge calls right, and of spoilt ones."""
     rng = random.Random(97)
     random.seed(97), torch.manual_seed(97)  # for what is spoilt
@@ -457,7 +440,6 @@ def check_judge(count: int = 2000) -> dict[str, float]:
         results[name] = judged(images, prompts).mean().item()
         results[f"{name}, spoilt"] = judged(spoilt, prompts).mean().item()
     print(json.dumps(results, indent=1))
-    return results
 
 
 # -------------------------------------------------------------------------------------- the reward
@@ -624,7 +606,7 @@ def make_clip(steps: int = 9000, batch: int = 64) -> None:
 
 
 @torch.no_grad()
-def check_clip(count: int = 1000) -> dict[str, float]:
+def check_clip(count: int = 1000) -> None:
     """How often the reward prefers the right sentence, or the faultless picture, of two."""
     rng = random.Random(98)
     random.seed(98), torch.manual_seed(98)  # for what is spoilt
@@ -659,49 +641,36 @@ def check_clip(count: int = 1000) -> dict[str, float]:
         above = scores["restored by the VAE"][rows] > reward(images, others)
         results[f"right {name} above wrong"] = above.float().mean().item()
     print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=1))
-    return results
 
 
-@torch.no_grad()
-def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float, seed: int,
-           steps: int = 10) -> Tensor:
-    """One image (P, 3, 64, 64) in [0, 1] for each text, by DDIM with eta = 1."""
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(steps)
+def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float,
+           seed: int) -> Tensor:
+    """One image (P, 3, 64, 64) in [0, 1] for each text, by 10 steps of DDIM with eta = 1."""
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    unet, images = pipeline.unet, []
-    empty = pipeline.text_encoder(token_ids(pipeline.tokenizer, [""]))[0]
-    for i in range(0, len(texts), 100):
-        embeds = pipeline.text_encoder(token_ids(pipeline.tokenizer, texts[i : i + 100]))[0]
-        shape = len(embeds), unet.config.in_channels, RESOLUTION // 8, RESOLUTION // 8
-        x = torch.randn(shape, generator=generator)
-        for t in scheduler.timesteps:
-            noise = predict_noise(unet, x, t.expand(len(x)), embeds, empty, guidance)
-            x = scheduler.step(noise, t, x, eta=1.0, generator=generator).prev_sample
-        decoded = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
-        images.append((decoded / 2 + 0.5).clamp(0, 1))
-    return torch.cat(images)
+    return torch.cat([
+        pipeline(texts[i : i + 100], guidance_scale=guidance, num_inference_steps=10, eta=1.0,
+                 generator=generator, output_type="pt").images
+        for i in range(0, len(texts), 100)])
 
 
 def check_sd(unseen: int = 500, per_prompt: int = 4,
-             guidances: tuple[float, ...] = (1, 1.5, 3, 5, 8)) -> dict[str, dict[str, float]]:
+             guidances: tuple[float, ...] = (1, 1.5, 3, 5, 8)) -> None:
     """The judge's and the reward's means over samples of the base model."""
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "model", safety_checker=None)
     animals = [f"A painting of a {animal}" for animal in ANIMALS]
     texts = {"45 animals x 16": animals * 16,
              f"{unseen} unseen x {per_prompt}": prompts(held_out=True)[:unseen] * per_prompt}
     reward = load_reward(f"clip:{DEMO / 'clip'}", "cpu") if (DEMO / "clip").exists() else None
-    results = {}
     for name, of_set in texts.items():
         for guidance in guidances:
             images = sample(pipeline, of_set, guidance, seed=0)
-            results[f"{name}, guidance {guidance}"] = scores = {
-                verdict: round(getattr(judging, verdict)(images, of_set).mean().item(), 4)
-                for verdict in VERDICTS}
+            scores = {verdict: round(getattr(judging, verdict)(images, of_set).mean().item(), 4)
+                      for verdict in VERDICTS}
             if reward:
                 scores["clip"] = round(reward(images, of_set).mean().item(), 4)
             print(name, guidance, scores, flush=True)
-    return results
 
 
 if __name__ == "__main__":
@@ -720,5 +689,3 @@ if __name__ == "__main__":
     )
     for part in arguments.parts or makers:
         makers[part](**json.loads(arguments.options))
-    if dist.is_initialized():
-        dist.destroy_process_group()

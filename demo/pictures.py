@@ -5,7 +5,6 @@ The animals are glyphs of Noto Color Emoji, by Google, under the SIL Open Font L
 """
 
 import random
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -83,20 +82,12 @@ def random_scene(rng: random.Random) -> Scene:
             return scene
 
 
-def complete(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with a background of some colour if it names none."""
-    if scene.background:
-        return scene
-    return replace(scene, background=rng.choice([c for c in COLOURS if c != scene.colour]))
-
-
 def paint(scene: Scene, rng: random.Random, faults: tuple[str, ...] = ()) -> np.ndarray:
-    """One (64, 64, 3) uint8 picture of the scene; size, place and tilt vary a little.
+    """One (64, 64, 3) uint8 picture of a scene that has a background; size, place, tilt vary.
 
     An animal of no named colour has its own colours, of no named size is of middle size, and of no
     named place is in the centre.
     """
-    scene = complete(scene, rng)
     canvas = 2 * RESOLUTION
     picture = ground(scene.background, scene.pattern).copy()
     animal = glyph(scene.animal, scene.colour)
