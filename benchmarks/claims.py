@@ -54,7 +54,7 @@ A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
 E2      E at rates that a KL weight can hold.
 H, I    Also without the KL term, which is RLOO, at the same rate. I also has DDPO.
-L       Long runs: 400 epochs.
+L       Long runs: 400 epochs. Not run; what I has comes nearest.
 M       The paper's reason why DDPO fails: rewards whose level depends on the prompt (levels.py). At
         level 0 these are the runs of A4 and B4, as a level that is 0 changes no reward.
 R       Does the regression arrive where it should, with a large KL weight and a low rate?
