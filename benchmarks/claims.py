@@ -47,10 +47,10 @@ I  H for five times as many epochs: no fall.
 
 What should be seen of the later claims stands in predictions.py, written before their runs.
 
-A4, B4  A and B at K = 4. DDPO has as many images, and with 40 and 100 epochs as much time, once at
-        the rate that was best from as many images and once at PRDP's, which is lower. B4 has
-        half of that rate, too, for both, and one run that went on to 80 epochs. In A4 PRDP also has
-        40 epochs, as many images as that DDPO, at its rate and at half of it.
+A4, B4  A and B at K = 4. DDPO has the same number of images, and with 40 and 100 epochs the same
+        time, once at the rate that was best with this number and once at PRDP's, which is lower. B4
+        has half of that rate, too, for both, and one run that went on to 80 epochs. In A4 PRDP also
+        has 40 epochs, the same number of images as that DDPO, at its rate and at half of it.
 C       Also the norm clip of the paper, made so tight that it binds, without clipping of steps.
 E2      E at rates that a KL weight can hold.
 H, I    Also without the KL term, which is RLOO, at the same rate. I also has DDPO.
