@@ -1128,7 +1128,8 @@ def reward_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def official_hpsv2(tmp_path, monkeypatch):
-    """The package hpsv2's scoring, with what its wheel lacks: a vocabulary, and a progress bar."""
+    """The package hpsv2's scoring, with what its wheel lacks, a vocabulary and a progress bar, and
+    without Tk, which it imports by mistake."""
     package = importlib.util.find_spec("hpsv2")
     if package is None:
         pytest.skip("pip install --no-deps hpsv2==1.2.0")
@@ -1136,8 +1137,8 @@ def official_hpsv2(tmp_path, monkeypatch):
     vocabulary = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     shutil.copy(vocabulary, tmp_path / "hpsv2/src/open_clip")
     monkeypatch.syspath_prepend(tmp_path)
-    for module in ("clint", "clint.textui"):
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(progress=None))
+    for module in ("clint", "clint.textui", "turtle"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(progress=None, forward=None))
     yield importlib.import_module("hpsv2.img_score")
     for module in [name for name in sys.modules if name.partition(".")[0] == "hpsv2"]:
         del sys.modules[module]
