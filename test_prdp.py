@@ -62,8 +62,9 @@ multiprocessing.set_forkserver_preload(["test_prdp"])  # as `Launch` forks proce
 ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 CAT_AND_BAT = ["A painting of a cat", "A painting of a bat"]
-DEMO = ("--preset demo --prompts_per_epoch 2 --images_per_prompt 4 --num_steps 4 --learning_rate "
-        "2e-4 --updates_per_epoch 2 --micro_batch_size 5 --reward clip:demo/clip").split()
+DEMO = ("--preset demo --prompts_per_epoch 2 --images_per_prompt 4 --num_steps 4 "
+        "--updates_per_epoch 2 --micro_batch_size 5 --reward clip:demo/clip "
+        "--learning_rate 2e-4").split()
 
 
 @pytest.fixture(autouse=True)
@@ -974,6 +975,7 @@ def test_lora_learns_in_adapters_alone_and_keeps_its_reference(tmp_path):
     loaded.load_lora_weights(tmp_path / "run/lora", weight_name="pytorch_lora_weights.safetensors")
     of_ref = scores(models.reference.unet)
     assert torch.equal(of_ref, scores(untouched.unet))
+    assert torch.equal(scores(models.policy.unet), log_probs)
     assert torch.equal(scores(loaded.unet), log_probs)
     assert not torch.isclose(log_probs, of_ref, atol=1e-5).all()
 
@@ -1037,6 +1039,7 @@ def test_evaluation_equals_a_plain_loop_over_images(finished, tmp_path, capsys):
 # ------------------------------------------------------------------------------ §10 Flags and main
 
 @pytest.mark.parametrize("flags, message", [
+    ("--prompts nowhere.txt", "--prompts nowhere.txt .*it is not one of the sets hpdv2"),
     (f"--prompts {'a' * 300}", "--prompts aaa.*File name too long.*it is not one of the sets"),
     ("--reward hpsv2", "--reward hpsv2.*HF_HUB_OFFLINE"),
     ("--model a/b", "--model a/b.*HF_HUB_OFFLINE"),
@@ -1246,6 +1249,7 @@ def test_a_weighted_sum_is_the_sum_of_its_parts_and_a_weight_of_0_only_watches(t
     terms = whole.terms(images, prompts)
     assert list(terms) == list(whole.weights) == ["red", "jpeg_compressibility", "clip", "nan"]
     assert terms["nan"].isnan().all()
+    torch.testing.assert_close(terms["red"], images[:, 0].mean((1, 2)), rtol=0, atol=1e-3)
     images[1, 0, 0, 0] = math.nan
     assert whole(images, prompts).isnan().tolist() == [False, True, False]
 

@@ -72,8 +72,8 @@ short trials of M (batch statistics, seed 2) and of the preset (seed 2). Those o
 in B4 and of PRDP's 40 epochs in A4 are of after A4's runs of DDPO at a low rate. H's are of after
 49 epochs of I's RLOO, of which H's on seed 2 are the first 80. I's DDPO at 2e-4 had none: it is
 the first half of L's, which was seen to drift. Those of it at 1e-4 are of after that and after B4's
-100 epochs. Those of 5e-5 in B4 and P-large are of after seed 0's
-run at that rate, those of 60 epochs of after the reported runs of 40.
+100 epochs. Those of 5e-5 in B4 and P-large are of after seed 0's run at that rate, those of 60
+epochs of after the reported runs of 40.
 """
 
 import argparse
@@ -684,13 +684,12 @@ def draw(claim: Claim, file: Path) -> None:
     """Reward and judge against images drawn: the mean over seeds and their range."""
     figure = Figure(figsize=(5, 7.5), layout="constrained")
     for _, column, method, folders, style in panels([claim], figure, "images drawn in training"):
-        if not has_curves(method):  # a level line at the mean of the evaluations
-            style["linestyle"] = {"-": "--", ":": "-."}[style["linestyle"]]
         for axes, term in zip(column, claim.curves.values(), strict=True):
             if has_curves(method):
                 draw_curves(axes, folders, f"reward/{term}", **style)
             elif ends := evaluated(folders, claim.world.prompts, term):
-                axes.axhline(statistics.fmean(ends), **style)
+                dashed = {"-": "--", ":": "-."}[style["linestyle"]]
+                axes.axhline(statistics.fmean(ends), **style | {"linestyle": dashed})
     figure.savefig(file, dpi=100)
 
 
@@ -760,15 +759,14 @@ def draw_kl_term(claim: Claim) -> None:
     this rate and at 2e-4, its best in 40 epochs (seed 2; RLOO was stopped after 160 epochs, DDPO
     after 200). A point is the mean of ten epochs. kl is in nats per latent element and step."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    name_of_method = {"RLOO": "without its KL term (RLOO)"}
     for axes, (key, title) in zip(figure.subplots(1, 3), {
             "kl": "distance to the base (kl)", "reward/clip": "reward",
             "reward/all_right": "everything right, by the judge"}.items(), strict=True):
         for (method, rate), folders in runs_of(claim).items():
             values = means([line[key] for line in read(folders[0])], 10)
             drawn = [images_of(folders[0]) * (10 * i + 5) for i in range(len(values))]
-            name = method.partition(",")[0]
-            axes.plot(drawn, values, label=f"{name_of_method.get(name, name)}, {rate}")
+            name = method.partition(",")[0].replace("RLOO", "without its KL term (RLOO)")
+            axes.plot(drawn, values, label=f"{name}, {rate}")
         axes.set(xlabel="images drawn in training", title=title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(LOGS / "kl-term.png", dpi=100)
