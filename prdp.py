@@ -21,7 +21,7 @@ is regression towards that (Eq. 14):
 
 Proximal updates (Eq. 18-21): each step's term of r_hat is clipped to within eps of its value under
 old, the policy before the epoch's updates; a pair's loss is the larger of plain and clipped.
-Algorithm 1, and the function that does each line (§2 to §5):
+Algorithm 1, and the function that does each line (§2 to §4; Models.score is in §5):
 
     for each epoch                                              run_epoch
         pick N prompts, sample B trajectories of each from old  collect_epoch: sample_trajectories

@@ -1432,5 +1432,4 @@ def test_the_readmes_commands_parse_and_its_paths_exist(tmp_path):
         for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
             target = (page.parent / path if path else page).resolve()
             assert target.exists(), path
-            target = target / "README.md" if target.is_dir() and anchor else target
             assert not anchor or anchor in anchors[target], anchor

@@ -243,7 +243,7 @@ CLAIMS = {
         "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4, 1e-4",
         "PRDP, K = 4, level 10"), once=("DDPO, level 1",)),
     "R": Claim("demo", ("PRDP, K = 4, KL 300, 2e-5", "PRDP, K = 4, KL 300, offline, 2e-5")),
-    "P": Claim("preset-demo", ("PRDP, 7e-5",), "2,3,4,5,6"),
+    "P": Claim("preset-demo", ("PRDP, K = 4, 7e-5",), "2,3,4,5,6"),
     "P-large": Claim("demo-large", (
         "PRDP, K = 4, 60 epochs, 5e-5", "PRDP, K = 4, 5e-5", "PRDP, K = 4, 1e-4")),
 }
@@ -526,7 +526,7 @@ def predictions_table() -> str:
         for seed in CLAIMS[name].seeds.split(","):
             with contextlib.suppress(LookupError):
                 figures[seed] = figure_of(Logs(CLAIMS[name], seed))
-        verdict = "not run yet"
+        verdict = "not run"
         if figures:
             counting = COUNTED[counted](figures.values())
             verdict = "yes" if all(low < x < high for x in counting) else "**no**"
@@ -595,8 +595,9 @@ training. Pictures of samples are of one seed of each method.
 
 ## Predictions
 
-Those of the claims that came later, each with the figure that decides it, seed by seed. Rewards
-are of the last fifth of the epochs; gains, shares and, where no fifth is named, kl of evaluations.
+Those of the claims that came later, each with the figure that decides it, seed by seed. Where
+no fifth is named, rewards and kl are of the last fifth of the epochs (kl in E2 and L of
+evaluations), gains and shares of evaluations.
 
 """
     text += predictions_table()
@@ -631,7 +632,7 @@ are of the last fifth of the epochs; gains, shares and, where no fifth is named,
     text += figure_section("Reward against distance", draw_distance, "distance")
     text += figure_section("Without the KL term", draw_kl_term, "kl-term")
     text += figure_section("Gain against share", draw_gains, "gains")
-    text += "## What it cost\n\nThe run of claim I had two processes; one of them is counted.\n\n"
+    text += "## What it cost\n\nI's run of PRDP had two processes; one of them is counted.\n\n"
     text += costs_table()
     (LOGS / "README.md").write_text(text.rstrip("\n") + "\n")
 
@@ -775,10 +776,10 @@ def draw_kl_term(claim: Claim) -> None:
 def draw_gains(claims: list[Claim]) -> None:
     """A point is a run at level 0, 1, 3 or 10: its gain in the reward without the level (evaluation
     on the last prompts) against the share s of the variance that lies between prompts, level
-    included. The formula: of the variance within a prompt an advantage has 1 / (1 - s) with
-    statistics of the batch, and B / (B - 1), whatever s is, with the other images of the prompt.
-    AdamW fixes the length of a step, so what a noisy step gains goes with the inverse of the root
-    of that (dashed, through the mean at level 0). At s = 1 / B (dotted) the two are equal."""
+    included. The formula: an advantage's variance is that within a prompt times 1 / (1 - s) with
+    statistics of the batch, and times B / (B - 1) with the other images of the prompt. AdamW
+    fixes the length of a step, so its gain is proportional to 1 / sqrt(variance) (dashed, through
+    the mean at level 0). At s = 1 / B (dotted) the two are equal."""
     figure, names = Figure(figsize=(5 * len(claims), 3.5), layout="constrained"), []
     for axes, claim in zip(figure.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
         base = between_prompts(claim.world_name)[0]

@@ -95,7 +95,7 @@ def test_the_claims_flags_are_those_of_their_logs_whatever_the_presets_are(monke
 
 
 @pytest.mark.parametrize("preset, world, method, rate", [
-    ("demo", "preset-demo", "PRDP", "7e-5"),
+    ("demo", "preset-demo", "PRDP, K = 4", "7e-5"),
     ("demo-large", "demo-large", "PRDP, K = 4, 60 epochs", "5e-5")])
 def test_claims_p_and_p_large_are_of_the_presets(preset, world, method, rate):
     flags = [*claims.flags_of(world, method), "--learning_rate", rate]
