@@ -241,7 +241,7 @@ CLAIMS = {
                         "DDPO, level 10", "PRDP, K = 4", "PRDP, K = 4, level 10")),
     "M-large": Claim("demo-large", (
         "DDPO", *(f"DDPO, level {level}" for level in LEVELS), "PRDP, K = 4, 1e-4",
-        "PRDP, K = 4, level 10"), once=("DDPO, level 1",)),
+        "PRDP, K = 4, level 10"), once=("DDPO, level 1", "PRDP, K = 4, level 10")),
     "R": Claim("demo", ("PRDP, K = 4, KL 300, 2e-5", "PRDP, K = 4, KL 300, offline, 2e-5")),
     "P": Claim("preset-demo", ("PRDP, K = 4, 7e-5",), "2,3,4,5,6"),
     "P-large": Claim("demo-large", (
